@@ -1,0 +1,23 @@
+"""Sequentially aggregated convolutional networks (Huang et al., 2019), fast: layers, stages and the paper's models."""
+
+from seqconv_triton.backends import use_backend
+from seqconv_triton.layers import SeqConv2d, Stage
+from seqconv_triton.models.cifar import CifarSeqResNet
+from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
+from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.plan import Group, Plan
+
+__version__ = "0.1.0"
+__all__ = [
+    "CifarSeqResNet",
+    "Group",
+    "Plan",
+    "SeqConv2d",
+    "SeqResNeXt24",
+    "SeqResNetB22",
+    "SeqResNetB42",
+    "Stage",
+    "create_model",
+    "list_models",
+    "use_backend",
+]

@@ -1,0 +1,47 @@
+"""Packed weights seen as one weight per group, and buffers in channels-last order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seqconv_triton.plan import Plan
+
+
+def window_weights(weight: Tensor, plan: Plan, kernel_size: int) -> tuple[Tensor, ...]:
+    """Views [k, window, kernel, kernel] of the packed convs over the windows, one a group."""
+    k, groups = plan.group_width, plan.groups
+    if plan.uniform:
+        return weight.view(len(groups), k, -1, kernel_size, kernel_size).unbind(0)
+    sizes = [k * group.window_width * kernel_size**2 for group in groups]
+    parts = weight.split(sizes)
+    return tuple(part.view(k, -1, kernel_size, kernel_size) for part in parts)
+
+
+def transform_weights(weight: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """Views of the 3×3 weights, one a group: [k, k/s, 3, 3], or [k, window, 3, 3] in basic layers."""
+    if not plan.bottleneck:
+        return window_weights(weight, plan, 3)
+    return weight.view(len(plan.groups), plan.group_width, -1, 3, 3).unbind(0)
+
+
+def group_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """The columns [N, window] of the dropout mask that belong to each group, and last the tail's if there is one."""
+    sizes = [group.window_width for group in plan.groups]
+    if plan.tail is not None:
+        sizes.append(plan.read_channels)
+    return mask.split(sizes, dim=1)
+
+
+def empty_channels_last(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised [N, channels, height, width] tensor with channels-last strides, N and dtype as `like`."""
+    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are kept in float32, and in float64 for float64 features."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

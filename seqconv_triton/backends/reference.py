@@ -1,0 +1,131 @@
+"""The specification: the paper's equations in plain PyTorch, one concatenation a group, differentiable by autograd.
+
+x_0 is a layer's activated input, x_i the activated output of its group i, raw_i the same before BN-ReLU.
+
+    SeqConv (dense, Eq. 2):   raw_i = F_i([x_0, x_1, …, x_(i-1)])
+    WSeqConv (windowed):      F_i sees only the last C channels of that concatenation
+    (W)SeqConvB (bottleneck): F_i = 3×3 conv ∘ ReLU ∘ BN ∘ 1×1 conv; otherwise F_i is one 3×3 conv
+    residual block:           layer B adds the block's raw input, channel for channel, to its raw_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv_triton.backends import StageOutput, StageParameters, Statistics
+from seqconv_triton.backends.packing import group_masks, transform_weights, window_weights
+from seqconv_triton.plan import Layer, Plan
+
+
+class Norm:
+    """The packed BNs of a stage, handed out in order: batch statistics are noted down, running ones are applied."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
+        self.start = 0
+        self.batch: list[tuple[Tensor, Tensor]] = []
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """ReLU(BN(raw)) with the next channels' affine."""
+        channels = slice(self.start, self.start + raw.shape[1])
+        self.start = channels.stop
+        weight, bias = self.weight[channels], self.bias[channels]
+        if self.mean is not None and self.var is not None:
+            return F.relu(F.batch_norm(raw, self.mean[channels], self.var[channels], weight, bias, False, 0.0, self.eps))
+        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+        self.batch.append((mean.detach(), inverse.detach()))
+        return F.relu(out)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        mean = torch.cat([mean for mean, _ in self.batch])
+        inverse = torch.cat([inverse for _, inverse in self.batch])
+        return mean, (inverse.pow(-2) - self.eps).clamp_min(0)
+
+
+class Groups:
+    """The weights of a stage's groups, in order."""
+
+    def __init__(self, parameters: StageParameters, plan: Plan, mask: Tensor | None) -> None:
+        reduce = parameters.reduce_weight
+        self.reduce: Iterator[Tensor] = iter(() if reduce is None else window_weights(reduce, plan, 1))
+        self.transform = iter(transform_weights(parameters.transform_weight, plan))
+        self.mask: Iterator[Tensor] = iter(() if mask is None else group_masks(mask, plan))
+        self.subgroups = plan.subgroups if plan.bottleneck else 1
+
+
+def last_channels(features: list[Tensor], count: int) -> Tensor:
+    """The last `count` channels of the concatenation of `features`."""
+    window: list[Tensor] = []
+    for feature in reversed(features):
+        if count <= 0:
+            break
+        window.insert(0, feature[:, -count:])
+        count -= feature.shape[1]
+    return window[0] if len(window) == 1 else torch.cat(window, 1)
+
+
+def seqconv(
+    x: Tensor, shortcut: Tensor | None, layer: Layer, k: int, groups: Groups, norm: Norm, reduce_norm: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """One (W)SeqConv(B) layer on an activated x: its raw and its activated output."""
+    features, raws = [x], []
+    for i in range(layer.out_channels // k):
+        seen = last_channels(features, layer.in_channels if layer.windowed else layer.in_channels + i * k)
+        mask = next(groups.mask, None)
+        if mask is not None:
+            seen = seen * mask[:, :, None, None]
+        if reduce_norm is not None:
+            seen = reduce_norm.activate(F.conv2d(seen, next(groups.reduce)))
+        raw = F.conv2d(seen, next(groups.transform), padding=1, groups=groups.subgroups)
+        if shortcut is not None:
+            raw = raw + shortcut[:, i * k : (i + 1) * k]
+        raws.append(raw)
+        features.append(norm.activate(raw))
+    return torch.cat(raws, 1), torch.cat(features[1:], 1)
+
+
+def stage(
+    x: Tensor,
+    shortcut: Tensor | None,
+    parameters: StageParameters,
+    statistics: Statistics | None,
+    mask: Tensor | None,
+    plan: Plan,
+    eps: float,
+    keep_buffer: bool,
+) -> StageOutput:
+    """All layers of a stage, then its tail. `statistics` None means batch statistics."""
+    running = (None, None, None, None) if statistics is None else statistics
+    norm = Norm(parameters.norm_weight, parameters.norm_bias, running[0], running[1], eps)
+    reduce_norm = None
+    if parameters.reduce_norm_weight is not None and parameters.reduce_norm_bias is not None:
+        reduce_norm = Norm(parameters.reduce_norm_weight, parameters.reduce_norm_bias, running[2], running[3], eps)
+    groups = Groups(parameters, plan, mask)
+
+    raw, activated = x, norm.activate(x) if plan.raw_input else x
+    block_input = shortcut if shortcut is not None else raw
+    raws, outputs = [x], [activated]
+    for layer in plan.layers:
+        added = shortcut if shortcut is not None else block_input if layer.residual else None
+        block_input = raw
+        raw, activated = seqconv(activated, added, layer, plan.group_width, groups, norm, reduce_norm)
+        raws.append(raw)
+        outputs.append(activated)
+
+    out = last_channels(outputs, plan.read_channels)
+    if plan.tail is not None and parameters.tail_weight is not None:
+        tail_mask = next(groups.mask, None)
+        if tail_mask is not None:
+            out = out * tail_mask[:, :, None, None]
+        out = torch.cat([out] * plan.tail.repeats, 1) if plan.tail.repeats > 1 else out
+        padding = plan.tail.kernel_size // 2
+        out = F.conv2d(out, parameters.tail_weight, None, plan.tail.stride, padding, 1, plan.tail.groups)
+    batch = None
+    if statistics is None:
+        reduce_mean, reduce_var = reduce_norm.statistics() if reduce_norm is not None else (None, None)
+        batch = Statistics(*norm.statistics(), reduce_mean, reduce_var)
+    return StageOutput(out, torch.cat(raws, 1) if keep_buffer else None, batch)

@@ -1,0 +1,106 @@
+"""What all the paper's networks share: stem, stages, last BN, pooling, classifier, and timm's conventions around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqconv_triton.checks import check_network_input
+from seqconv_triton.layers import Stage, fan_out_uniform_
+
+
+class Backbone(nn.Module):
+    """stem → stages → BN → ReLU → mean over the image → classifier.
+
+    The stem and every stage give raw features: the BN-ReLU of what a stage reads belongs to that stage. The last
+    stage ends in the paper's 1×1 conv, whose BN is `norm`. `feature_info` lists channels and reduction of each stage.
+    """
+
+    def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.num_features = stages[-1].plan.out_channels
+        tail = stages[-1].tail_weight
+        assert tail is not None
+        self.norm = nn.BatchNorm2d(self.num_features, stages[-1].eps, device=tail.device, dtype=tail.dtype)
+        self.feature_info: list[dict[str, Any]] = []
+        reduction = stem_reduction
+        for i, stage in enumerate(stages):
+            start, stop = stage.feature_channels
+            self.feature_info.append({"num_chs": stop - start, "reduction": reduction, "module": f"stages.{i}"})
+            reduction *= stage.plan.tail.stride if stage.plan.tail is not None else 1
+        self.reset_classifier(num_classes)
+        for module in stem.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out_uniform_(module.weight.detach(), module.out_channels * math.prod(module.kernel_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] to logits [N, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last activated features [N, num_features, h, w]."""
+        x = self.forward_stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return F.relu(self.norm(x), inplace=True)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        first = self.stem[0]
+        assert isinstance(first, nn.Conv2d)
+        check_network_input(x, first.weight)
+        out: Tensor = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return out
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits, or to the pooled features [N, num_features] in front of the classifier."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.classifier(x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """Activated features of chosen stages (all; an int: the last so many; a list: those).
+
+        Returns (last features, list), or the list alone. Raises ValueError for a stage that does not exist.
+        """
+        count = len(self.stages)
+        if indices is None:
+            indices = count
+        chosen = list(range(count))[-indices:] if isinstance(indices, int) else [i % count for i in indices if -count <= i < count]
+        if isinstance(indices, int) and not 1 <= indices <= count or not isinstance(indices, int) and len(chosen) != len(indices):
+            raise ValueError(f"indices ({indices}) must name stages 0 to {count - 1}, or count the last 1 to {count}")
+        taken = {}
+        x = self.forward_stem(x)
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            if i in chosen:
+                x, taken[i] = stage.forward_features(x)
+            else:
+                x = stage(x)
+        features = [taken[i] for i in chosen]
+        return features if intermediates_only else (F.relu(self.norm(x), inplace=True), features)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh classifier for other classes; 0 leaves the pooled features as they are."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes ({num_classes}) must be at least 0")
+        self.num_classes = num_classes
+        if num_classes == 0:
+            self.classifier: nn.Module = nn.Identity()
+            return
+        weight = self.norm.weight
+        classifier = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        bound = math.sqrt(3 / num_classes)
+        nn.init.uniform_(classifier.weight, -bound, bound)
+        nn.init.zeros_(classifier.bias)
+        self.classifier = classifier

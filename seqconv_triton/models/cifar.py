@@ -1,0 +1,69 @@
+"""The CIFAR networks of the paper's Table 1: stages of widths 16r, 32r and 48r on 32×32 images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from seqconv_triton.layers import Stage
+from seqconv_triton.models.backbone import Backbone
+from seqconv_triton.plan import Plan, Tail
+
+STEM_CHANNELS = 16
+
+
+class CifarSeqResNet(Backbone):
+    """3×3 conv, a dense first layer, three stages of residual blocks, 1×1 conv, classifier.
+
+    The dense first layer (16 → 16r) shares the first stage's buffer: there is no down-sampling between them.
+
+    Args:
+        group_width: k, channels per group in every layer; divides 16·widen and the other widths.
+        widen: r; the stages have 16r, 32r and 48r channels.
+        blocks: residual blocks of each stage.
+        bottleneck: a 1×1 conv in front of every group's 3×3 conv (SeqResNet-B).
+        windowed: False gives every group of a layer all that went before it (the paper's ablation).
+        dropout: probability with which whole channels of what a group sees are dropped in training.
+        num_classes: outputs of the classifier; 0 for none.
+        in_chans: channels of the images.
+    """
+
+    def __init__(
+        self,
+        group_width: int,
+        widen: int,
+        blocks: Sequence[int] = (1, 1, 1),
+        *,
+        bottleneck: bool = False,
+        windowed: bool = True,
+        dropout: float = 0.1,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(blocks) != 3 or min(blocks) < 1:
+            raise ValueError(f"blocks ({tuple(blocks)}) must be three numbers of at least 1, one a stage")
+        if widen < 1:
+            raise ValueError(f"widen ({widen}) must be at least 1")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        widths = [16 * widen, 32 * widen, 48 * widen]
+        stem = nn.Sequential(nn.Conv2d(in_chans, STEM_CHANNELS, 3, padding=1, bias=False, **where))
+        stages = []
+        for i, channels in enumerate(widths):
+            following = widths[i + 1] if i < 2 else None
+            plan = Plan.stage(
+                channels,
+                group_width,
+                blocks[i],
+                entry_channels=STEM_CHANNELS if i == 0 else None,
+                extension=following - channels if following else 0,
+                bottleneck=bottleneck,
+                windowed=windowed,
+                tail=Tail(following, 3, 2, following // group_width) if following else Tail(channels, 1),
+            )
+            stages.append(Stage(plan, dropout=dropout, **where))
+        super().__init__(stem, stages, num_classes, stem_reduction=1)
