@@ -1,6 +1,6 @@
 """Sequentially aggregated convolutional networks (Huang et al., 2019), fast: layers, stages and the paper's models."""
 
-from seqconv_triton.backends import use_backend
+from seqconv_triton.backend import use_backend
 from seqconv_triton.layers import SeqConv2d, Stage
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24

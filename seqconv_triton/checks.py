@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seqconv_triton.backends import StageParameters, Statistics
+    from seqconv_triton.backend import StageParameters, Statistics
     from seqconv_triton.plan import Plan
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from seqconv_triton import ops
-from seqconv_triton.backends import StageOutput, StageParameters, Statistics
-from seqconv_triton.backends.packing import transform_weights
+from seqconv_triton.backend import StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
 
 

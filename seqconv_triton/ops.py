@@ -7,12 +7,13 @@ sends the reference backend's work to plain PyTorch instead.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from seqconv_triton.backends import (
+from seqconv_triton.backend import (
     StageGradients,
     StageOutput,
     StageParameters,
@@ -22,7 +23,7 @@ from seqconv_triton.backends import (
     backend_for,
     reference,
 )
-from seqconv_triton.backends.packing import empty_channels_last, statistics_dtype
+from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
 from seqconv_triton.checks import check_images, check_stage
 from seqconv_triton.plan import Plan
 
@@ -57,17 +58,12 @@ def stage(
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         shortcut = None if shortcut is None else shortcut.to(dtype)
-        convs = {"reduce_weight", "transform_weight", "tail_weight"}
-        parameters = StageParameters(
-            *(p.to(dtype) if p is not None and n in convs else p for n, p in zip(parameters._fields, parameters, strict=True))
-        )
+        parameters = _cast(parameters, dtype, lambda name: "norm" not in name)
     check_stage(x, parameters, plan, statistics, shortcut, mask)
     precise = statistics_dtype(x.dtype)
-    parameters = StageParameters(
-        *(p.to(precise) if p is not None and "norm" in n else p for n, p in zip(parameters._fields, parameters, strict=True))
-    )
+    parameters = _cast(parameters, precise, lambda name: "norm" in name)
     if statistics is not None:
-        statistics = Statistics(*(None if s is None else s.to(precise) for s in statistics))
+        statistics = _cast(statistics, precise, lambda name: True)
 
     backend = backend_for(x)
     with torch.autocast(device, enabled=False):
@@ -84,6 +80,14 @@ def stage(
     if statistics is None:
         taken = Statistics(*(batch if plan.bottleneck else (*batch[:2], None, None)))
     return StageOutput(out, buffer if keep_buffer else None, taken)
+
+
+Packed = TypeVar("Packed", StageParameters, Statistics)
+
+
+def _cast(packed: Packed, dtype: torch.dtype, chosen: Callable[[str], bool]) -> Packed:
+    fields = zip(packed._fields, packed, strict=True)
+    return type(packed)(*(t.to(dtype) if t is not None and chosen(name) else t for name, t in fields))  # type: ignore[arg-type]
 
 
 def _allocate_forward(x: Tensor, plan: Plan, batch_statistics: bool, keep: bool) -> list[Tensor]:
@@ -144,7 +148,7 @@ def _allocate_backward(
     buffer: Tensor, parameters: StageParameters, plan: Plan, has_shortcut: bool, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of x, shortcut and every parameter; what is not needed has no elements."""
-    images, _, height, width = buffer.shape
+    _, _, height, width = buffer.shape
     gradients = [buffer.new_empty(0), buffer.new_empty(0)]
     if needs[0]:
         gradients[0] = empty_channels_last(buffer, plan.in_channels, height, width)
@@ -221,6 +225,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_out is None and d_buffer is None:
+        return (None,) * len(ctx.needs_input_grad)
     needs = list(ctx.needs_input_grad[: 2 + PARAMETERS])
     gradients = torch.ops.seqconv_triton.stage_backward(
         d_out, d_buffer, *ctx.saved_tensors, *ctx.scalars, needs, ctx.backend

@@ -14,7 +14,7 @@ LEGEND = "= window   # written   + raw shortcut   . older features"
 
 
 def draw(plan: Plan) -> str:
-    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over the buffer's channels."""
+    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over the buffer."""
     k, total = plan.group_width, plan.total_channels
     cell = math.gcd(plan.in_channels, k)
     cell *= math.ceil(total / cell / MAX_COLUMNS)

@@ -251,8 +251,7 @@ class Plan:
     def encode(self) -> str:
         """The plan as a short text, the form in which it goes through a registered op."""
         layers = " ".join(
-            f"{layer.in_channels}>{layer.out_channels}"
-            f"{'w' * layer.windowed}{'r' * layer.residual}{'e' * layer.entry}"
+            f"{layer.in_channels}>{layer.out_channels}{'w' * layer.windowed}{'r' * layer.residual}{'e' * layer.entry}"
             for layer in self.layers
         )
         kind = f"k{self.group_width} {'bottleneck' if self.bottleneck else 'basic'} s{self.subgroups}"

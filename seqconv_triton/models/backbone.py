@@ -73,8 +73,14 @@ class Backbone(nn.Module):
         count = len(self.stages)
         if indices is None:
             indices = count
-        chosen = list(range(count))[-indices:] if isinstance(indices, int) else [i % count for i in indices if -count <= i < count]
-        if isinstance(indices, int) and not 1 <= indices <= count or not isinstance(indices, int) and len(chosen) != len(indices):
+        chosen = (
+            list(range(count))[-indices:]
+            if isinstance(indices, int)
+            else [i % count for i in indices if -count <= i < count]
+        )
+        if (isinstance(indices, int) and not 1 <= indices <= count) or (
+            not isinstance(indices, int) and len(chosen) != len(indices)
+        ):
             raise ValueError(f"indices ({indices}) must name stages 0 to {count - 1}, or count the last 1 to {count}")
         taken = {}
         x = self.forward_stem(x)

@@ -11,6 +11,7 @@ from torch import nn
 from seqconv_triton.layers import Stage
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.stem import StemConv2d
 
 STEM_CHANNELS = 16
 
@@ -51,7 +52,7 @@ class CifarSeqResNet(Backbone):
             raise ValueError(f"widen ({widen}) must be at least 1")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [16 * widen, 32 * widen, 48 * widen]
-        stem = nn.Sequential(nn.Conv2d(in_chans, STEM_CHANNELS, 3, padding=1, bias=False, **where))
+        stem = nn.Sequential(StemConv2d(in_chans, STEM_CHANNELS, **where))
         stages = []
         for i, channels in enumerate(widths):
             following = widths[i + 1] if i < 2 else None

@@ -10,6 +10,7 @@ from torch import nn
 from seqconv_triton.layers import Stage
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.stem import StemConv2d
 
 STEM_CHANNELS = 32
 
@@ -51,10 +52,10 @@ class ImageNetNetwork(Backbone):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         first, last = self.rows[0], self.rows[-1]
         stem = nn.Sequential(
-            nn.Conv2d(in_chans, STEM_CHANNELS, 3, stride=2, padding=1, bias=False, **where),
+            StemConv2d(in_chans, STEM_CHANNELS, stride=2, **where),
             nn.BatchNorm2d(STEM_CHANNELS, **where),
             nn.ReLU(inplace=True),
-            nn.Conv2d(STEM_CHANNELS, STEM_CHANNELS, 3, padding=1, bias=False, **where),
+            StemConv2d(STEM_CHANNELS, STEM_CHANNELS, **where),
             # The dense first layer at half the image size, and the downsizing conv behind it.
             Stage(
                 Plan.stage(

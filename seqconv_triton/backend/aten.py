@@ -3,7 +3,7 @@
 Forward, group by group: 1×1 conv as one matrix product over a view of the activated strip, BN-ReLU, 3×3 conv, shortcut,
 BN-ReLU into the strip. Kept for backward are the raw buffer and z, the raw outputs of the 1×1 convs. Backward walks the
 groups in reverse, recomputes activations a strip at a time, and adds each group's gradient onto its window.
-A strip holds the activated channels (or their gradients) of one `Segment`: small enough to stay in the allocator's pool.
+A strip holds the activated channels (or their gradients) of one `Segment`: small enough to stay in the cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backends import StageGradients, StageParameters, Statistics
-from seqconv_triton.backends.packing import (
-    empty_channels_last,
+from seqconv_triton.backend import StageGradients, StageParameters, Statistics
+from seqconv_triton.backend.packing import (
     group_masks,
     transform_weights,
     window_weights,
@@ -22,6 +21,8 @@ from seqconv_triton.backends.packing import (
 from seqconv_triton.plan import Plan, Segment, Tail
 
 aten = torch.ops.aten
+# Strips beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
+STRIP_BYTES = 20 * 2**20
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -108,6 +109,13 @@ def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
     return F.conv2d(x, weight, None, tail.stride, padding, 1, tail.groups)
 
 
+def images_per_chunk(x: Tensor, plan: Plan) -> int:
+    """How many images' strips fit into STRIP_BYTES, in even shares of the batch."""
+    strip = max(segment.stop - segment.start for segment in plan.segments)
+    fit = max(1, STRIP_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
+    return -(-x.shape[0] // -(-x.shape[0] // fit))
+
+
 def stage_forward(
     x: Tensor,
     shortcut: Tensor | None,
@@ -122,6 +130,16 @@ def stage_forward(
     z: Tensor | None,
 ) -> None:
     """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
+    chunk = images_per_chunk(x, plan)
+    if chunk < x.shape[0] and not batch_statistics and buffer is None:
+        # Nothing links the images in evaluation: a few at a time stay in the cache.
+        for start in range(0, x.shape[0], chunk):
+            own = slice(start, start + chunk)
+            own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
+            stage_forward(
+                x[own], own_shortcut, parameters, statistics, False, own_mask, plan, eps, out[own], None, None
+            )  # fmt: skip
+        return
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(x)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics)
@@ -228,6 +246,8 @@ def stage_backward(
         if later is None:
             if d_out is not None:
                 fresh[:, -plan.read_channels :] = d_end(d_out, strip, images, parameters, masks, plan, gradients)
+            elif wanted.tail_weight is not None:
+                wanted.tail_weight.zero_()
         else:
             fresh[:, later.start - base :] = d_strip[:, : segment.stop - later.start]
         d_strip, later = fresh, segment

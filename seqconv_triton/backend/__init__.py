@@ -5,6 +5,8 @@ A backend computes a stage (a single layer is a stage of one layer without a tai
 
 - `reference` is plain differentiable PyTorch: the specification, and what supports double backward.
 - every other backend is a module with `stage_forward` and `stage_backward`, which `ops.py` registers as one op.
+
+The folder is not called `backends`: torch.compile refuses to trace any file whose path contains "triton/backends".
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class StageOutput(NamedTuple):
     statistics: Statistics | None
 
 
-class use_backend:  # noqa: N801  (reads like torch.no_grad)
+class use_backend:
     """Compute with the named backend inside a `with` block, whatever the device; `None` restores the default.
 
     Raises ValueError for an unknown name.

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backends import StageOutput, StageParameters, Statistics
-from seqconv_triton.backends.packing import group_masks, transform_weights, window_weights
+from seqconv_triton.backend import StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.packing import group_masks, transform_weights, window_weights
 from seqconv_triton.plan import Layer, Plan
 
 
@@ -35,7 +35,9 @@ class Norm:
         self.start = channels.stop
         weight, bias = self.weight[channels], self.bias[channels]
         if self.mean is not None and self.var is not None:
-            return F.relu(F.batch_norm(raw, self.mean[channels], self.var[channels], weight, bias, False, 0.0, self.eps))
+            return F.relu(
+                F.batch_norm(raw, self.mean[channels], self.var[channels], weight, bias, False, 0.0, self.eps)
+            )
         out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
         self.batch.append((mean.detach(), inverse.detach()))
         return F.relu(out)

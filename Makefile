@@ -1,0 +1,54 @@
+# Every target sets up what it needs in a private virtual environment, .venv; `make` alone lists the targets.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv/bin/python
+READY := .venv/.ready
+EXTRAS := dev
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS := dev,triton
+endif
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  ARGS="..."     passed on to demo, test or bench:  make test ARGS="-k plan -x"'
+	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
+
+demo: $(READY) ## Train a small network on handwritten digits, with pictures in out/
+	$(VENV) -m seqconv_triton demo $(ARGS)
+
+# One thread a worker: two workers with a thread pool each would fight over the cores.
+test: $(READY) ## Run the tests
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
+
+lint: $(READY) ## Check format, style and types; change nothing
+	$(VENV) -m ruff format --check .
+	$(VENV) -m ruff check .
+	$(VENV) -m mypy
+
+bench: $(READY) ## Measure speed and memory
+	$(VENV) -m bench $(ARGS)
+
+format: $(READY) ## Format the code and apply the safe fixes
+	$(VENV) -m ruff check --fix .
+	$(VENV) -m ruff format .
+
+clean: ## Remove .venv, caches and build products; out/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "No '$(PYTHON)' here. Name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." \
+			"Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Setting up .venv: some minutes, most of them for torch, and only once."
+	"$(PYTHON)" -m venv .venv
+	$(VENV) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,81 @@
+"""What several test files share: random parameters, comparison by relative RMS error, both backends side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+from seqconv_triton.backend.packing import transform_weights
+from seqconv_triton.layers import PackedSeqConv
+
+Run = Callable[[nn.Module, Tensor], Sequence[Tensor]]
+
+
+def randomise(module: nn.Module, seed: int = 0, layer_b: float = 1.0) -> nn.Module:
+    """Random weights of keeping scale, affines and running statistics: zero-initialised layers would hide errors.
+
+    `layer_b` scales the 3×3 weights of the residual layers B, whose full scale amplifies rounding in deep networks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
+                continue
+            random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            flat_conv = name.endswith("_weight")
+            if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1 and not flat_conv):
+                value = 1 + 0.5 * torch.tanh(random)
+            elif tensor.dim() == 1 and not flat_conv:
+                value = 0.3 * random
+            else:
+                fan_in = tensor[0].numel() if tensor.dim() > 1 else 64
+                value = random * (2 / fan_in) ** 0.5
+            tensor.copy_(value)
+        for part in module.modules():
+            if isinstance(part, PackedSeqConv) and layer_b != 1:
+                for group, weight in zip(
+                    part.plan.groups, transform_weights(part.transform_weight, part.plan), strict=True
+                ):
+                    if group.residual_start is not None:
+                        weight.mul_(layer_b)
+    return module
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Relative RMS error; exact zeros must be met exactly."""
+    got, expected = got.detach().double(), expected.detach().double()
+    scale = expected.norm().item()
+    distance = (got - expected).norm().item()
+    return distance if scale == 0 else distance / scale
+
+
+def everything(module: nn.Module, x: Tensor, run: Run) -> dict[str, Tensor]:
+    """Outputs, the gradients of x and of every parameter for fixed upstream gradients, and the buffers afterwards."""
+    module = copy.deepcopy(module)
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    torch.manual_seed(5)  # dropout masks
+    outputs = run(module, x)
+    loss = torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        wave = torch.sin(torch.arange(output.numel(), dtype=torch.float64)).view(output.shape)
+        loss = loss + (output.double() * wave).sum()
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, [x, *named.values()])
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    results |= dict(zip(["x", *named], gradients, strict=True))
+    return results | dict(module.named_buffers())
+
+
+def assert_backends_agree(module: nn.Module, x: Tensor, run: Run, tolerance: float, backend: str = "aten") -> None:
+    """Output, every gradient and every running statistic of a backend equal the reference's."""
+    with sct.use_backend("reference"):
+        expected = everything(module, x, run)
+    with sct.use_backend(backend):
+        got = everything(module, x, run)
+    errors = {name: error(got[name], expected[name]) for name in expected}
+    wrong = {name: e for name, e in errors.items() if not e <= tolerance}
+    assert not wrong, wrong

@@ -1,0 +1,184 @@
+"""The registered ops as PyTorch sees them: opcheck, strides, autocast, compilation, derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import error, everything, randomise
+from torch import Tensor
+
+import seqconv_triton as sct
+from seqconv_triton.plan import Plan, Tail
+
+STAGES = {
+    "stage": (Plan.stage(8, 4, 1, extension=8, tail=Tail(16, 3, 2, 4)), 0.0),
+    "basic-entry": (Plan.stage(8, 4, 1, entry_channels=3, bottleneck=False, tail=Tail(8, 1)), 0.2),
+    "quirk-subgroups": (Plan.stage(8, 4, 1, extension=8, subgroups=2, tail=Tail(16, 3, 2, 4, repeats=2)), 0.0),
+    "layer": (Plan.layer(6, 8, 4, bottleneck=True), 0.2),
+}
+
+
+def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = True) -> tuple[object, ...]:
+    plan, dropout = STAGES[case]
+    stage = randomise(sct.layers.PackedSeqConv(plan, dropout=dropout)).train(training)
+    for name in ("reduce_weight", "transform_weight", "tail_weight"):
+        if getattr(stage, name) is not None:
+            setattr(stage, name, torch.nn.Parameter(getattr(stage, name).to(dtype)))
+    parameters, statistics = stage.parameters_and_statistics()
+    x = torch.randn(2, plan.in_channels, 5, 4).to(dtype).requires_grad_()
+    shortcut = torch.randn(2, 8, 5, 4).to(dtype).requires_grad_() if case == "layer" else None
+    mask = stage.draw_mask(x)
+    return (
+        *(x, shortcut, *parameters, *(statistics or (None,) * 4), mask),
+        *(plan.encode(), 1e-5, statistics is None, keep, "aten"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", STAGES)
+def test_opcheck_forward(case: str, training: bool, dtype: torch.dtype) -> None:
+    torch.library.opcheck(
+        torch.ops.seqconv_triton.stage_forward.default,
+        arguments_of(case, training, dtype),
+        atol=torch.finfo(dtype).eps * 100,
+        rtol=torch.finfo(dtype).eps * 100,
+    )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", STAGES)
+def test_opcheck_inference(case: str, training: bool) -> None:
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, torch.float32, False)]
+    torch.library.opcheck(torch.ops.seqconv_triton.stage_forward.default, tuple(arguments))
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", STAGES)
+def test_opcheck_backward(case: str, training: bool, needed: bool) -> None:
+    x, shortcut, *rest = (
+        a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, torch.float32)
+    )
+    out, buffer, z, *batch = torch.ops.seqconv_triton.stage_forward(x, shortcut, *rest)
+    parameters, running, (mask, plan, eps, batch_statistics, _, backend) = rest[:7], rest[7:11], rest[11:]
+    statistics = batch if batch_statistics else running
+    if parameters[0] is None:  # basic layers have no 1×1 statistics
+        statistics = (*statistics[:2], None, None)
+    torch.library.opcheck(
+        torch.ops.seqconv_triton.stage_backward.default,
+        (
+            *(torch.randn_like(out), torch.randn_like(buffer) if needed else None, buffer, z, *parameters),
+            *(*statistics, mask, plan, eps, batch_statistics, shortcut is not None, [needed] * 9, backend),
+        ),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bottleneck": True, "subgroups": 2}, {"windowed": False}, {"bottleneck": True, "windowed": False}],
+    ids=["basic", "bottleneck", "dense", "dense-bottleneck"],
+)
+def test_gradcheck_layer(options: dict[str, bool], training: bool) -> None:
+    layer = randomise(sct.SeqConv2d(3, 4, 2, dtype=torch.float64, **options)).train(training)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x: Tensor, shortcut: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(_Raw(layer), {f"layer.{n}": p for n, p in named.items()}, (x, shortcut))
+
+    x = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    shortcut = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, shortcut, *layer.parameters()))
+
+
+class _Raw(torch.nn.Module):
+    def __init__(self, layer: sct.SeqConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer.forward_raw(x, shortcut)
+
+
+@pytest.mark.parametrize("end", [{"tail": Tail(4, 1)}, {"extension": 4, "tail": Tail(8, 3, 2, 2)}], ids=["1x1", "down"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradcheck_stage(end: dict[str, object], training: bool) -> None:
+    stage = randomise(sct.Stage(Plan.stage(4, 2, 1, **end), dtype=torch.float64)).train(training)
+    names = [name for name, _ in stage.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(stage, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *stage.parameters()))
+
+
+def test_second_derivative_names_the_reference_backend() -> None:
+    layer = randomise(sct.SeqConv2d(4, 4, 2, dtype=torch.float64))
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match='use_backend\\("reference"\\)'):
+        grad.sum().backward()
+    with sct.use_backend("reference"):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_autocast_casts_convs_and_keeps_statistics(dtype: torch.dtype, backend: str) -> None:
+    plan, _ = STAGES["stage"]
+    stage = randomise(sct.Stage(plan))
+    x = torch.randn(4, 8, 6, 6)
+    exact = everything(stage, x, lambda m, t: [m(t)])
+    with sct.use_backend(backend), torch.autocast("cpu", dtype):
+        got = everything(stage, x, lambda m, t: [m(t)])
+    assert got["output 0"].dtype == dtype
+    for name, value in got.items():
+        if name != "output 0":
+            assert value.dtype == exact[name].dtype, name
+    assert 1e-6 < error(got["norm.running_mean"], exact["norm.running_mean"]) < 1e-2
+    assert error(got["output 0"], exact["output 0"]) < 5e-2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiled_equals_eager_in_one_graph(training: bool) -> None:
+    """One graph, forward and backward; every running statistic moves exactly once a step."""
+    torch._dynamo.reset()
+    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dropout=0.0), layer_b=0.1).train(training)
+    x = torch.randn(2, 3, 8, 8)
+    eager = everything(model, x, lambda m, t: [m(t)])
+    compiled = everything(model, x, lambda m, t: [torch.compile(m, fullgraph=True)(t)])
+    for name, value in eager.items():
+        assert error(compiled[name], value) < 1e-4, name
+    assert all(value == 1 for name, value in compiled.items() if name.endswith("num_batches_tracked")) == training
+
+
+def test_dynamic_batch_compiles_once() -> None:
+    torch._dynamo.reset()
+    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dropout=0.0)).eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch, size in ((2, 8), (3, 8), (8, 8), (17, 16), (5, 11)):
+            x = torch.randn(batch, 3, size, size)
+            assert error(compiled(x), model(x)) < 1e-6
+    assert counter.frame_count == 1
+
+
+def test_backends_nest_and_come_back() -> None:
+    from seqconv_triton.backend import backend_for
+
+    x = torch.zeros(1)
+    with sct.use_backend("reference"):
+        with sct.use_backend("aten"):
+            assert backend_for(x) == "aten"
+        assert backend_for(x) == "reference"
+        with pytest.raises(RuntimeError, match="inner"), sct.use_backend(None):
+            raise RuntimeError("inner")
+        assert backend_for(x) == "reference"
+    assert backend_for(x) == "aten"
