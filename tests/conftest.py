@@ -1,4 +1,4 @@
-"""Every test runs in deterministic mode: torch then fills uninitialised memory with NaN, and nothing unwritten hides."""
+"""Every test runs in deterministic mode: torch then fills uninitialised memory with NaN, so nothing unwritten hides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all the paper's networks share: stem, stages, last BN, pooling, classifier, and timm's conventions around them."""
+"""What the paper's networks share: stem, stages, last BN, pooling, classifier; timm's conventions around them."""
 
 from __future__ import annotations
 
@@ -71,17 +71,14 @@ class Backbone(nn.Module):
         Returns (last features, list), or the list alone. Raises ValueError for a stage that does not exist.
         """
         count = len(self.stages)
-        if indices is None:
-            indices = count
-        chosen = (
-            list(range(count))[-indices:]
-            if isinstance(indices, int)
-            else [i % count for i in indices if -count <= i < count]
-        )
-        if (isinstance(indices, int) and not 1 <= indices <= count) or (
-            not isinstance(indices, int) and len(chosen) != len(indices)
-        ):
-            raise ValueError(f"indices ({indices}) must name stages 0 to {count - 1}, or count the last 1 to {count}")
+        if isinstance(indices, int):
+            indices = range(count - indices, count)
+        chosen = list(range(count) if indices is None else indices)
+        if not chosen or min(chosen) < -count or max(chosen) >= count:
+            raise ValueError(
+                f"indices must name stages 0 to {count - 1}, or be how many of the last to take; not {chosen}"
+            )
+        chosen = [i % count for i in chosen]
         taken = {}
         x = self.forward_stem(x)
         for i, stage in enumerate(self.stages):
