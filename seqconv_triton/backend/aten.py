@@ -22,7 +22,7 @@ from seqconv_triton.plan import Plan, Segment, Tail
 
 aten = torch.ops.aten
 # Strips beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
-STRIP_BYTES = 20 * 2**20
+STRIP_BYTES = 16 * 2**20
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -161,6 +161,7 @@ def stage_forward(
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
 
+    raw_z = rows.new_empty(rows.shape[0], k)
     strip = rows.new_empty(0)
     previous = None
     for segment in plan.segments:
@@ -181,11 +182,11 @@ def stage_forward(
                 u = images(window)
             elif reduce_shift is not None and z is None:
                 own = slice(j * k, (j + 1) * k)
-                u = images(torch.addmm(reduce_shift[own], window, (reduce[j] * reduce_scale[own, None]).t()).relu_())
+                folded = reduce[j] * reduce_scale[own, None]
+                u = images(torch.addmm(reduce_shift[own], window, folded.t(), out=raw_z).relu_())
             else:
-                raw_z = torch.mm(window, reduce[j].t())
-                if z is not None:
-                    z[j].view(-1, k).copy_(raw_z)
+                raw_z = raw_z if z is None else z[j].view(-1, k)
+                torch.mm(window, reduce[j].t(), out=raw_z)
                 u = reduce_norm.normalize(images(raw_z), j * k).relu_()
             y = F.conv2d(u, transform[j], None, 1, 1, 1, plan.subgroups if plan.bottleneck else 1)
             if shortcut is not None:
@@ -326,7 +327,7 @@ def activated_strip(raw_rows: Tensor, norm: Norm, images: Images, plan: Plan, se
     strip = raw_rows.new_empty(raw_rows.shape[0], segment.stop - segment.start)
     done = 0 if plan.raw_input else max(0, plan.in_channels - segment.start)
     strip[:, :done] = raw_rows[:, segment.start : segment.start + done]
-    raw = images(raw_rows[:, segment.start + done : segment.stop])
+    raw = images(raw_rows[:, segment.start + done : segment.stop].contiguous())  # batch_norm is slow on strided rows
     start = segment.start + done - (plan.total_channels - plan.normalized_channels)
     torch.clamp_min(pixels(norm.apply(raw, start)), 0, out=strip[:, done:])
     return strip

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         chosen = list(range(count) if indices is None else indices)
         if not chosen or min(chosen) < -count or max(chosen) >= count:
             raise ValueError(
-                f"indices must name stages 0 to {count - 1}, or be how many of the last to take; not {chosen}"
+                f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones"
             )
         chosen = [i % count for i in chosen]
         taken = {}

@@ -1,0 +1,71 @@
+"""`python -m bench`: the table of cases, on the screen and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import seqconv_triton as sct
+from bench.cpu import CASES, run_case
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def revision() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def provenance() -> dict[str, object]:
+    """Machine, versions, date and revision: what a number means nothing without."""
+    return {
+        "processor": processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seqconv_triton": sct.__version__,
+        "revision": revision(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--model", default="seqresnet_b42", choices=sct.list_models("seqresne*"))
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile, cold (some minutes)")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    source = provenance()
+    print("  ".join(f"{key} {value}" for key, value in source.items()))
+    print(f"{arguments.model}, 224², float32, channels_last; median [quartiles], speed against the eager reference\n")
+    results = []
+    for case in CASES:
+        result = run_case(case, arguments.model, arguments.compile)
+        print("\n".join(result.pop("rows")), flush=True)
+        for label, seconds in result["compile_seconds"].items():
+            print(f"{case.name:<14} {case.batch:>5}  {label} compiled in {seconds:.0f} s, cold, first step included")
+        results.append(result)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({**source, "model": arguments.model, "cases": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
