@@ -33,7 +33,7 @@ CASES = (
 
 
 def random_model(name: str) -> nn.Module:
-    """A model whose zero-initialised layers are made random: zeros would make a CPU's work no easier, but checks blind."""
+    """A model whose zero-initialised layers are made random: zeros would make the check before timing blind."""
     torch.manual_seed(0)
     model = sct.create_model(name)
     with torch.no_grad():

@@ -47,7 +47,7 @@ class PackedSeqConv(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published initialisation: uniform, from each group's fan-out; zeros in layers B, so blocks are identities."""
+        """The published initialisation: uniform, from each group's fan-out; zeros in layers B (identity blocks)."""
         k = self.plan.group_width
         if self.reduce_weight is not None:
             fan_out_uniform_(self.reduce_weight, k)

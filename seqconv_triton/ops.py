@@ -27,7 +27,16 @@ from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
 from seqconv_triton.checks import check_images, check_stage
 from seqconv_triton.plan import Plan
 
-IMPLEMENTATIONS = {"aten": aten}
+
+def implementation(name: str) -> Any:
+    """The module of a fused backend; Triton is imported only when it is asked for."""
+    if name == "triton":
+        from seqconv_triton.backend import triton
+
+        return triton
+    return aten
+
+
 PARAMETERS = len(StageParameters._fields)
 
 
@@ -131,7 +140,7 @@ def stage_forward(
     )
     statistics = Statistics(*batch) if batch_statistics else Statistics(mean, var, reduce_mean, reduce_var)  # type: ignore[arg-type]
     if x.numel():
-        IMPLEMENTATIONS[backend].stage_forward(
+        implementation(backend).stage_forward(
             x, shortcut, parameters, statistics, batch_statistics, mask, decoded, eps,
             out, buffer if keep else None, z if keep and decoded.bottleneck else None,
         )  # fmt: skip
@@ -195,7 +204,7 @@ def stage_backward(
             gradient.zero_()
         return tuple(gradients)  # type: ignore[return-value]
     wanted = [None if g.numel() == 0 else g for g in gradients]
-    IMPLEMENTATIONS[backend].stage_backward(
+    implementation(backend).stage_backward(
         d_out, d_buffer, buffer, z if decoded.bottleneck else None, parameters,
         Statistics(mean, var, reduce_mean, reduce_var), batch_statistics, mask, decoded, eps,
         StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])),  # type: ignore[arg-type]

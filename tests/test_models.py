@@ -10,14 +10,23 @@ import oracle
 import pytest
 import torch
 from helpers import assert_backends_agree, error, everything, randomise
+from seqconv_triton.interop.published import export_published
 from torch import Tensor, nn
 
 import seqconv_triton as sct
-from seqconv_triton.interop.published import export_published
 
 
 def run(module: nn.Module, x: Tensor) -> Sequence[Tensor]:
     return [module(x)]
+
+
+ORACLES = {
+    "seqresnet_b22": "seqresnet_b22",
+    "seqresnext_24": "seqresnext_24",
+    "cifar_seqresnet_r4_k8": "seqresnet_r4_k8",
+    "cifar_seqresnet_b_r7_k16": "seqresnet_b_r7_k16",
+    "cifar_seqresnet_dense_r3_k8_n121": "ablation_dense_r3_k8",
+}
 
 
 # Small relatives of every family: the full-size networks' figures are checked in test_summary.py.
@@ -46,9 +55,7 @@ def test_network_equals_reference(family: str, training: bool) -> None:
     model = randomise(SMALL[family]()).train(training)
     x = torch.randn(3, 3, 37, 33, dtype=torch.float64) if "imagenet" in family else torch.randn(3, 3, 9, 8).double()
     assert_backends_agree(model, x, run, 1e-8)
-    assert_backends_agree(
-        model, x, lambda m, t: [m.forward_intermediates(t)[0], *m.forward_intermediates(t)[1]], 1e-8
-    )
+    assert_backends_agree(model, x, lambda m, t: [m.forward_intermediates(t)[0], *m.forward_intermediates(t)[1]], 1e-8)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -59,10 +66,7 @@ def test_full_network_equals_reference(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    "name", ["seqresnet_b22", "seqresnext_24", "cifar_seqresnet_r4_k8", "cifar_seqresnet_b_r7_k16"]
-    + ["cifar_seqresnet_dense_r3_k8_n121"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ORACLES)
 def test_reference_equals_the_oracle(name: str, training: bool) -> None:
     """The oracle in tests/ was written from the paper alone; it gets our weights under their published names."""
     options = {} if name.startswith("seqresne") else {"dropout": 0.0}
@@ -84,15 +88,6 @@ def test_reference_equals_the_oracle(name: str, training: bool) -> None:
     statistics = export_published(model)
     for key, value in other.state_dict().items():
         assert error(statistics[key], value) < 1e-8, key
-
-
-ORACLES = {
-    "seqresnet_b22": "seqresnet_b22",
-    "seqresnext_24": "seqresnext_24",
-    "cifar_seqresnet_r4_k8": "seqresnet_r4_k8",
-    "cifar_seqresnet_b_r7_k16": "seqresnet_b_r7_k16",
-    "cifar_seqresnet_dense_r3_k8_n121": "ablation_dense_r3_k8",
-}
 
 
 def test_initialisation_follows_the_published_code() -> None:

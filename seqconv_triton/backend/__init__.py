@@ -12,12 +12,15 @@ The folder is not called `backends`: torch.compile refuses to trace any file who
 from __future__ import annotations
 
 import difflib
+import importlib.util
+from functools import cache
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "triton")
 
 _chosen: str | None = None
 
@@ -98,5 +101,13 @@ class use_backend:
 
 
 def backend_for(x: Tensor) -> str:
-    """The chosen backend, or the default one of the tensor's device."""
-    return _chosen if _chosen is not None else "aten"
+    """The chosen backend, or the default of the tensor's device: triton on a GPU that has it, aten elsewhere."""
+    if _chosen is not None:
+        return _chosen
+    return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "aten"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None

@@ -75,9 +75,7 @@ class Backbone(nn.Module):
             indices = range(count - indices, count)
         chosen = list(range(count) if indices is None else indices)
         if not chosen or min(chosen) < -count or max(chosen) >= count:
-            raise ValueError(
-                f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones"
-            )
+            raise ValueError(f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones")
         chosen = [i % count for i in chosen]
         taken = {}
         x = self.forward_stem(x)

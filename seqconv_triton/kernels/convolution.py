@@ -1,0 +1,87 @@
+"""Convolution over a channel window, BN-ReLU on load: y = W ∗ (mask · relu(scale·x + shift)) [+ shortcut].
+
+One kernel for the 1×1 convs over a window (paper, Eq. 4), the 3×3 convs of a group, grouped or over the window (Eq. 2),
+and the tail. Weights lie as [C_out, taps, C_in of a conv group]. In training it also leaves, per tile of pixels, mean
+and sum of squared deviations of the float32 accumulators, for Chan's combination (`statistics.py`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(value, scale_ptr, shift_ptr, channels, mask_c, IDENTITY: tl.constexpr):
+    """relu(scale·value + shift) in float32; the first IDENTITY channels of the buffer are activated already."""
+    scale = tl.load(scale_ptr + channels, mask=mask_c, other=0.0)
+    shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0)
+    affine = value * scale[None, :] + shift[None, :]
+    positive = tl.where(affine < 0, 0.0, affine)  # keeps a NaN, as torch does
+    if IDENTITY > 0:
+        positive = tl.where((channels < IDENTITY)[None, :], value, positive)
+    return positive
+
+
+@triton.jit
+def convolution_forward_kernel(
+    x_ptr, scale_ptr, shift_ptr, mask_ptr, weight_ptr, shortcut_ptr, y_ptr, mean_ptr, m2_ptr,
+    start, P, H, W, OUT_H, OUT_W,
+    stride_x, stride_mask, stride_shortcut, stride_y,
+    C_OUT: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr, RANGE: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
+    ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [P_in, stride_x] from channel `start` on; READ of its channels exist (the tail may read them repeatedly).
+
+    RANGE input channels, from the first one of the tile's first conv group on, cover what the tile's outputs see.
+    """
+    pid_p, pid_n = tl.program_id(0), tl.program_id(1)
+    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    if WIDE:
+        offs_p = offs_p.to(tl.int64)
+    mask_p = offs_p < P
+    image = offs_p // (OUT_H * OUT_W)
+    out_h, out_w = (offs_p // OUT_W) % OUT_H, offs_p % OUT_W
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < C_OUT
+    first = (pid_n * BLOCK_N // GROUP_OUT) * GROUP_IN
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    for tap in range(KERNEL * KERNEL):
+        in_h = out_h * STRIDE + tap // KERNEL - KERNEL // 2
+        in_w = out_w * STRIDE + tap % KERNEL - KERNEL // 2
+        inside = mask_p & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
+        rows = x_ptr + ((image * H + in_h) * W + in_w) * stride_x  # [BLOCK_P]
+        for k0 in range(0, RANGE, BLOCK_K):
+            offs_k = first + k0 + tl.arange(0, BLOCK_K)
+            mask_k = (k0 + tl.arange(0, BLOCK_K) < RANGE) & (offs_k < GROUP_IN * (C_OUT // GROUP_OUT))
+            channels = start + offs_k % READ
+            valid = inside[:, None] & mask_k[None, :]
+            x = tl.load(rows[:, None] + channels[None, :], mask=valid, other=0.0)  # [BLOCK_P, BLOCK_K]
+            if ACTIVATE:
+                x = activate(x.to(tl.float32), scale_ptr, shift_ptr, channels, mask_k, IDENTITY)
+                x = tl.where(valid, x, 0.0)  # the padding is zero behind the activation
+            if HAS_MASK:
+                dropped = mask_ptr + image[:, None] * stride_mask + (offs_k % READ)[None, :]
+                x = x.to(tl.float32) * tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
+            # Position within the conv group of each output; outside it the block-diagonal weight is zero.
+            inner = offs_k[:, None] - (offs_n // GROUP_OUT)[None, :] * GROUP_IN
+            held = mask_k[:, None] & mask_n[None, :] & (inner >= 0) & (inner < GROUP_IN)
+            place = (offs_n[None, :] * (KERNEL * KERNEL) + tap) * GROUP_IN + inner
+            weight = tl.load(weight_ptr + place, mask=held, other=0.0)  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
+
+    stored = mask_p[:, None] & mask_n[None, :]
+    if HAS_SHORTCUT:
+        shortcut = shortcut_ptr + offs_p[:, None] * stride_shortcut + offs_n[None, :]
+        acc += tl.load(shortcut, mask=stored, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs_p[:, None] * stride_y + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=stored)
+    if STATISTICS:
+        count = tl.minimum(P - pid_p * BLOCK_P, BLOCK_P).to(tl.float32)
+        mean = tl.sum(tl.where(stored, acc, 0.0), axis=0) / count
+        deviation = tl.where(stored, acc - mean[None, :], 0.0)
+        tl.store(mean_ptr + pid_p * C_OUT + offs_n, mean, mask=mask_n)
+        tl.store(m2_ptr + pid_p * C_OUT + offs_n, tl.sum(deviation * deviation, axis=0), mask=mask_n)

@@ -1,0 +1,80 @@
+"""Weight gradients of all groups of a stage in one launch: dW_i[o, tap, c] = Σ_p dy_i[p, o]·act(x[p @ tap, c]).
+
+A batched matrix product over the pixels, split into SPLITS runs of pixels; the partial sums are added in a fixed order
+afterwards, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqconv_triton.kernels.convolution import activate
+
+
+@triton.jit
+def weight_gradient_kernel(
+    dy_ptr, x_ptr, scale_ptr, shift_ptr, mask_ptr, groups_ptr, partial_ptr,
+    P, H, W, OUT_H, OUT_W, share, size,
+    stride_dy, step_dy, stride_x, step_x, step_scale, stride_mask,
+    ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr, TILES_N: tl.constexpr,
+    WINDOWS: tl.constexpr, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of outputs × tap × tile of inputs, group, split) writes partial[split, weight offset + …].
+
+    A row of `groups` is (start, width, offset of its weight, offset of its mask) as in `data_gradient_kernel`; group
+    i's dy and x begin i·step_dy and i·step_x elements on, the affine of its x i·step_scale channels on.
+    """
+    pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile_n, rest = pid % TILES_N, pid // TILES_N
+    tap, tile_m = rest % (KERNEL * KERNEL), rest // (KERNEL * KERNEL)
+    start = tl.load(groups_ptr + group * 4)
+    width = tl.load(groups_ptr + group * 4 + 1)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < ROWS
+    # Inputs of the tile: from the first conv group that its outputs belong to.
+    offs_n = (tile_m * BLOCK_M // GROUP_OUT) * GROUP_IN + tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < width
+    channels = start + offs_n % READ
+
+    dy_ptr += tl.cast(group, tl.int64) * step_dy
+    x_ptr += tl.cast(group, tl.int64) * step_x
+    own = group * step_scale
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for p0 in range(split * share, tl.minimum(split * share + share, P), BLOCK_P):
+        offs_p = p0 + tl.arange(0, BLOCK_P)
+        if WIDE:
+            offs_p = offs_p.to(tl.int64)
+        mask_p = offs_p < P
+        image = offs_p // (OUT_H * OUT_W)
+        in_h = ((offs_p // OUT_W) % OUT_H) * STRIDE + tap // KERNEL - KERNEL // 2
+        in_w = (offs_p % OUT_W) * STRIDE + tap % KERNEL - KERNEL // 2
+        inside = mask_p & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
+        dy = dy_ptr + offs_p[:, None] * stride_dy + offs_m[None, :]
+        dy = tl.load(dy, mask=mask_p[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_P, BLOCK_M]
+        valid = inside[:, None] & mask_n[None, :]
+        x = x_ptr + ((image * H + in_h) * W + in_w)[:, None] * stride_x + channels[None, :]
+        x = tl.load(x, mask=valid, other=0.0)  # [BLOCK_P, BLOCK_N]
+        if ACTIVATE:
+            x = activate(x.to(tl.float32), scale_ptr + own, shift_ptr + own, channels, mask_n, IDENTITY)
+            x = tl.where(valid, x, 0.0)
+        if HAS_MASK:
+            dropped = mask_ptr + tl.load(groups_ptr + group * 4 + 3)
+            dropped += image[:, None] * stride_mask + offs_n[None, :] % READ
+            x = x.to(tl.float32) * tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
+        acc = tl.dot(tl.trans(dy), x.to(dy.dtype), acc, input_precision=PRECISION)
+
+    if WINDOWS:
+        inner = offs_n[None, :] + tl.zeros((BLOCK_M, 1), dtype=tl.int32)
+        row_length = width
+        held = mask_n[None, :]
+    else:
+        inner = offs_n[None, :] - (offs_m // GROUP_OUT)[:, None] * GROUP_IN
+        row_length = GROUP_IN
+        held = mask_n[None, :] & (inner >= 0) & (inner < GROUP_IN)
+    offset = tl.load(groups_ptr + group * 4 + 2)
+    place = offset + (offs_m[:, None] * (KERNEL * KERNEL) + tap) * row_length + inner
+    tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=mask_m[:, None] & held)

@@ -1,0 +1,132 @@
+"""The Triton backend in the interpreter, against the float64 reference: outputs, every gradient, running statistics.
+
+bfloat16 is left to real GPUs: its matrix products are wrong in the interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import Run, error, everything, randomise
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+from seqconv_triton.plan import Plan, Tail
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+# id: in_channels, out_channels, group_width, options, image [N, H, W]
+LAYERS = {
+    "basic": (12, 12, 4, {}, (2, 5, 3)),
+    "bottleneck": (12, 12, 4, {"bottleneck": True}, (2, 5, 3)),
+    "window-cuts-a-group": (10, 24, 4, {"bottleneck": True, "subgroups": 2, "dropout": 0.3}, (3, 2, 5)),
+    "subgroups-k": (8, 16, 8, {"bottleneck": True, "subgroups": 8}, (1, 7, 5)),
+    "k24-subgroups-not-a-power-of-two": (24, 24, 24, {"bottleneck": True, "subgroups": 2}, (1, 2, 2)),
+    "k48": (48, 48, 48, {"bottleneck": True}, (1, 1, 7)),
+    "k128": (128, 128, 128, {"bottleneck": True}, (3, 1, 1)),
+    "dense-bottleneck": (7, 24, 4, {"windowed": False, "bottleneck": True}, (2, 5, 3)),
+    "dense-basic-dropout": (8, 24, 8, {"windowed": False, "dropout": 0.2}, (3, 4, 3)),
+    "more-pixels-than-a-tile": (8, 8, 8, {"bottleneck": True}, (3, 7, 14)),
+}
+STAGES = {
+    "extension": (Plan.stage(12, 4, 1, extension=12, tail=Tail(24, 3, 2, 6)), 0.0),
+    "quirk-subgroups": (Plan.stage(16, 8, 1, extension=16, subgroups=2, tail=Tail(32, 3, 2, 8, repeats=2)), 0.0),
+    "entry-dropout-1x1": (Plan.stage(12, 4, 1, entry_channels=5, bottleneck=False, tail=Tail(12, 1)), 0.2),
+    "dense": (Plan.stage(8, 4, 1, windowed=False, extension=8, tail=Tail(16, 3, 2, 4)), 0.0),
+}
+
+
+def layer_raw(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return module.forward_raw(x, torch.sin(x[:, :1]).expand(-1, module.plan.out_channels, -1, -1))
+
+
+def stage_features(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return module.forward_features(x)
+
+
+def assert_follows_float64(module: nn.Module, x: Tensor, run: Run, tolerance: float) -> None:
+    with sct.use_backend("reference"):
+        exact = everything(copy.deepcopy(module).double(), x.double(), run)
+    with sct.use_backend("triton"):
+        got = everything(module, x, run)
+    errors = {name: error(got[name], value) for name, value in exact.items()}
+    wrong = {name: e for name, e in errors.items() if not e <= tolerance}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_layer_follows_float64(case: str, training: bool) -> None:
+    channels, out, k, options, (images, height, width) = LAYERS[case]
+    layer = randomise(sct.SeqConv2d(channels, out, k, **options)).train(training)
+    assert_follows_float64(layer, torch.randn(images, channels, height, width), layer_raw, 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", STAGES)
+def test_stage_follows_float64(case: str, training: bool) -> None:
+    plan, dropout = STAGES[case]
+    stage = randomise(sct.Stage(plan, dropout=dropout)).train(training)
+    assert_follows_float64(stage, torch.randn(2, plan.in_channels, 5, 3), stage_features, 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_half_precision(training: bool) -> None:
+    """float16 features; the gradients' bound is what the reference itself loses in float16.
+
+    Biases keep every feature away from ReLU's corner: among 60 pixels one rounding across it moves a gradient by 5 %.
+    """
+    plan = STAGES["extension"][0]
+    stage = randomise(sct.Stage(plan)).train(training).half()
+    with torch.no_grad():
+        stage.norm.bias += 6
+        stage.reduce_norm.bias += 6
+    x = torch.randn(3, 12, 5, 4).half()
+    with sct.use_backend("reference"):
+        exact = everything(copy.deepcopy(stage).double(), x.double(), lambda m, t: [m(t)])
+        rounded = everything(stage, x, lambda m, t: [m(t)])
+    with sct.use_backend("triton"):
+        got = everything(stage, x, lambda m, t: [m(t)])
+    assert error(got["output 0"], exact["output 0"]) < 2e-3
+    for name, value in exact.items():
+        assert error(got[name], value) <= 2 * error(rounded[name], value) + 2e-3, name
+
+
+def test_networks_follow_float64() -> None:
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True, dropout=0.0), layer_b=0.1)
+    assert_follows_float64(model, torch.randn(2, 3, 6, 5), lambda m, t: [m(t)], 1e-4)
+
+
+def test_statistics_keep_digits_far_from_zero() -> None:
+    """Mean 1e3 and deviation 1 keep four digits: Chan's combination, not a difference of squares."""
+    stage = sct.Stage(Plan.stage(4, 4, 0, extension=4, tail=Tail(8, 1)))
+    x = torch.randn(3, 4, 9, 11) + 1e3
+    with sct.use_backend("triton"):
+        stage(x)
+    var = stage.norm.running_var[:4].double()
+    expected = 0.9 + 0.1 * x.double().var((0, 2, 3), unbiased=True)
+    assert ((var - expected).abs() / expected).max() < 1e-4
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    stage = randomise(sct.Stage(STAGES["extension"][0]))
+    x = torch.randn(2, 12, 5, 3)
+    with sct.use_backend("triton"):
+        first, second = (everything(stage, x, stage_features) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_empty_batch_and_refusals() -> None:
+    layer = sct.SeqConv2d(4, 4, 2)
+    with sct.use_backend("triton"):
+        assert layer(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+        with pytest.raises(TypeError, match=r"float64.*float32, float16 and bfloat16"):
+            layer.double()(torch.randn(1, 4, 3, 3, dtype=torch.float64))
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqconv_triton.backend.triton.INTERPRETED", False)
+    with sct.use_backend("triton"), pytest.raises(ValueError, match="needs a GPU"):
+        sct.SeqConv2d(4, 4, 2)(torch.randn(1, 4, 3, 3))
