@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from seqconv_triton.autocast import autocast_dtype
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -79,5 +81,5 @@ def check_network_input(x: Tensor, weight: Tensor) -> None:
     check_images("x", x, weight.shape[1])
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move both to one device")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x is {x.dtype} but the model is {weight.dtype}; cast one of them, or use torch.autocast")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from seqconv_triton.autocast import autocast_dtype, no_autocast
 from seqconv_triton.backend import (
     StageGradients,
     StageOutput,
@@ -62,9 +63,8 @@ def stage(
     Raises TypeError or ValueError for what does not fit together.
     """
     check_images("x", x, plan.in_channels)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         shortcut = None if shortcut is None else shortcut.to(dtype)
         parameters = _cast(parameters, dtype, lambda name: "norm" not in name)
@@ -75,7 +75,7 @@ def stage(
         statistics = _cast(statistics, precise, lambda name: True)
 
     backend = backend_for(x)
-    with torch.autocast(device, enabled=False):
+    with no_autocast(x):
         if backend == "reference":
             return reference.stage(x, shortcut, parameters, statistics, mask, plan, eps, keep_buffer)
         differentiable = torch.is_grad_enabled() and any(

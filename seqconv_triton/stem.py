@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqconv_triton.autocast import autocast_dtype, no_autocast
 from seqconv_triton.backend.packing import empty_channels_last
 
 aten = torch.ops.aten
@@ -72,11 +73,10 @@ class StemConv2d(nn.Conv2d):
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x)
         weight = self.weight
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = autocast_dtype(x)
+        if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         stride = self.stride[0]
         assert isinstance(stride, int)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(x):
             return torch.ops.seqconv_triton.stem_conv(x, weight, stride)

@@ -35,7 +35,7 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
 def config_for(kernel: str, reduction: int, block_n: int, element_size: int) -> LaunchConfig:
     """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element).
 
-    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 64 registers a thread.
+    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
     """
     block_k = max(16, min(64, triton.next_power_of_2(reduction)))
     if element_size == 4:
@@ -43,4 +43,4 @@ def config_for(kernel: str, reduction: int, block_n: int, element_size: int) -> 
     if kernel == "weight_gradient":
         return LaunchConfig(32, block_n, max(16, min(64, triton.next_power_of_2(reduction))), 4, 3)
     block_p = 128 if block_n <= 64 else 64
-    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n > 8192 else 4, 3)
+    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= 8192 else 4, 3)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_reader", "last_reader"])
 def data_gradient_kernel(
     dy_ptr, weight_ptr, readers_ptr, mask_ptr, upstream_ptr, raw_ptr, scale_ptr, shift_ptr, mean_ptr, var_ptr,
     g_ptr, tile_g_ptr, tile_gx_ptr,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,6 +62,28 @@ class ConvShape:
         return self.group_in * (self.c_out // self.group_out)
 
 
+_listener: Callable[..., None] | None = None
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel, or tell a listener of it (`ahead.py` compiles what it hears of)."""
+    if _listener is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        _listener(kernel, arguments, constants)
+
+
+@contextmanager
+def listen(listener: Callable[..., None]) -> Iterator[None]:
+    """Inside, nothing is launched: `listener(kernel, arguments, constants)` hears of every launch instead."""
+    global _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+
+
 class Features(NamedTuple):
     """Stored features [P, …] and how a reader activates them: relu(scale·v + shift), but for the first `identity`."""
 
@@ -114,7 +138,8 @@ def convolution(
     reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
     config = config_for("convolution", reach, block_n, out.element_size())
     mean, m2 = statistics or (source.scale, source.scale)
-    convolution_forward_kernel[(triton.cdiv(shape.out_pixels, config.block_p), triton.cdiv(shape.c_out, block_n))](
+    run(
+        convolution_forward_kernel, (triton.cdiv(shape.out_pixels, config.block_p), triton.cdiv(shape.c_out, block_n)),
         source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
         source.rows if shortcut is None else shortcut, out, mean, m2,
         start, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
@@ -133,7 +158,8 @@ def convolution(
 def tile_statistics(x: Tensor, statistics: tuple[Tensor, Tensor]) -> int:
     """Tile statistics of x [P, C]; returns the pixels of a tile."""
     pixels, channels = x.shape
-    tile_statistics_kernel[(triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C))](
+    run(
+        tile_statistics_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
         x, *statistics, pixels, channels, x.stride(0),
         WIDE=wide(x), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
     )  # fmt: skip
@@ -143,7 +169,8 @@ def tile_statistics(x: Tensor, statistics: tuple[Tensor, Tensor]) -> int:
 def combine_statistics(statistics: tuple[Tensor, Tensor], norm: Norm, pixels: int, tile: int, eps: float) -> None:
     """Fill norm.mean, var, scale and shift."""
     channels = norm.mean.shape[0]
-    combine_statistics_kernel[(triton.cdiv(channels, 16),)](
+    run(
+        combine_statistics_kernel, (triton.cdiv(channels, 16),),
         *statistics, norm.weight, norm.bias, norm.mean, norm.var, norm.scale, norm.shift,
         pixels, channels, triton.cdiv(pixels, tile), eps,
         TILE=tile, BLOCK_T=TILES_AT_ONCE, BLOCK_C=16,
@@ -178,7 +205,8 @@ def data_gradient(
     config = config_for("data_gradient", reach, block_n, out.element_size())
     tile_g, tile_gx = sums or (out, out)
     vectors = (out,) * 4 if norm is None else (norm.scale, norm.shift, norm.mean, norm.var)
-    data_gradient_kernel[(triton.cdiv(shape.in_pixels, config.block_p), triton.cdiv(channels, block_n))](
+    run(
+        data_gradient_kernel, (triton.cdiv(shape.in_pixels, config.block_p), triton.cdiv(channels, block_n)),
         dy, weight, readers, dy if mask is None else mask, dy if upstream is None else upstream,
         out if raw is None else raw, *vectors, out, tile_g, tile_gx,
         span[0], span[1], target, shape.in_pixels, shape.height, shape.width, shape.out_height, shape.out_width, eps,
@@ -200,7 +228,8 @@ def combine_gradients(
 ) -> None:  # fmt: skip
     """Fill d_weight, d_bias and the coefficients [3, C] of BN's backward."""
     channels = norm.mean.shape[0]
-    combine_gradients_kernel[(triton.cdiv(channels, 16),)](
+    run(
+        combine_gradients_kernel, (triton.cdiv(channels, 16),),
         *sums, norm.weight, norm.mean, norm.var, d_weight, d_bias, coefficients,
         pixels, channels, triton.cdiv(pixels, tile), eps,
         BATCH=batch, BLOCK_T=TILES_AT_ONCE, BLOCK_C=16,
@@ -217,7 +246,8 @@ def apply_gradient(
 ) -> None:
     """out = a·g + b·x + c [+ upstream] [+ passed], all [P, C]."""
     pixels, channels = g.shape
-    apply_gradient_kernel[(triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C))](
+    run(
+        apply_gradient_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
         g, x, coefficients, g if upstream is None else upstream, g if passed is None else passed, out,
         pixels, channels, g.stride(0), x.stride(0), 0 if upstream is None else upstream.stride(0),
         0 if passed is None else passed.stride(0), out.stride(0),
@@ -229,7 +259,8 @@ def apply_gradient(
 def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """out = relu(scale·x + shift), [P, C]."""
     pixels, channels = x.shape
-    activate_kernel[(triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C))](
+    run(
+        activate_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
         x, scale, shift, out, pixels, channels, x.stride(0), out.stride(0),
         WIDE=wide(x, out), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
     )  # fmt: skip
@@ -260,7 +291,8 @@ def weight_gradient(
     splits = max(1, min(16, 1024 // (programs * count), triton.cdiv(shape.out_pixels, 4 * config.block_p)))
     share = triton.cdiv(triton.cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
     partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
-    weight_gradient_kernel[(programs, count, splits)](
+    run(
+        weight_gradient_kernel, (programs, count, splits),
         dy, source.rows, source.scale, source.shift, source.rows if mask is None else mask, groups, partial,
         shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width, share, size,
         dy.stride(-2), step_dy, source.rows.stride(-2), step_x, step_scale, 0 if mask is None else mask.stride(0),
