@@ -11,7 +11,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test lint bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ lint: $(READY) ## Check format, style and types; change nothing
 
 bench: $(READY) ## Measure speed and memory
 	$(VENV) -m bench $(ARGS)
+
+# With the interpreter that has the GPU's torch, not the CPU one of .venv.
+gpu: ## Run all GPU tests, then time the models: nine minutes at most, results in bench/results/
+	$(PYTHON) -m pytest tests/test_gpu.py -q -p no:cacheprovider
+	$(PYTHON) -m bench --gpu --output bench/results/gpu-$(shell date +%Y-%m-%d).json
 
 format: $(READY) ## Format the code and apply the safe fixes
 	$(VENV) -m ruff check --fix .

@@ -46,25 +46,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--model", default="seqresnet_b42", choices=sct.list_models("seqresne*"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile, cold (some minutes)")
+    parser.add_argument("--compile", action="store_true", help="evaluation of 8 images also under torch.compile, cold")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--gpu", action="store_true", help="the first table of a GPU, in under eight minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.gpu:
+        if not torch.cuda.is_available():
+            print("--gpu needs a GPU, and torch sees none", file=sys.stderr)
+            return 2
+        from bench import gpu
+
+        write(arguments.output, {**provenance(), **gpu.main()})
+        return 0
 
     source = provenance()
     print("  ".join(f"{key} {value}" for key, value in source.items()))
     print(f"{arguments.model}, 224², float32, channels_last; median [quartiles], speed against the eager reference\n")
     results = []
     for case in CASES:
-        result = run_case(case, arguments.model, arguments.compile)
+        result = run_case(case, arguments.model, arguments.compile and case.compiled)
         print("\n".join(result.pop("rows")), flush=True)
         for label, seconds in result["compile_seconds"].items():
             print(f"{case.name:<14} {case.batch:>5}  {label} compiled in {seconds:.0f} s, cold, first step included")
         results.append(result)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**source, "model": arguments.model, "cases": results}, indent=1) + "\n")
+    write(arguments.output, {**source, "model": arguments.model, "cases": results})
     return 0
+
+
+def write(output: Path | None, figures: dict[str, object]) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ class Case:
     training: bool
     batch: int
     rounds: int
+    compiled: bool = False  # also under torch.compile, when that is asked for
 
 
 CASES = (
-    Case("eval", False, 8, 9),
+    Case("eval", False, 8, 9, compiled=True),
     Case("eval", False, 1, 9),
-    Case("training step", True, 4, 5),
+    Case("training step", True, 4, 7),
 )
 
 
@@ -75,7 +77,8 @@ def cold_compilation() -> Iterator[None]:
     import torch._inductor.config
 
     torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that caches are off
         yield
 
 

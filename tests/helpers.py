@@ -59,9 +59,9 @@ def everything(module: nn.Module, x: Tensor, run: Run) -> dict[str, Tensor]:
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(5)  # dropout masks
     outputs = run(module, x)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for output in outputs:
-        wave = torch.sin(torch.arange(output.numel(), dtype=torch.float64)).view(output.shape)
+        wave = torch.sin(torch.arange(output.numel(), dtype=torch.float64, device=output.device)).view(output.shape)
         loss = loss + (output.double() * wave).sum()
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, [x, *named.values()])

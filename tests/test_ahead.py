@@ -1,4 +1,4 @@
-"""Every kernel family compiles for real GPUs without one, uses their matrix units, spills nothing, fits shared memory."""
+"""Every kernel family compiles for GPUs that are not here, uses their matrix units, spills nothing, fits their memory."""
 
 from __future__ import annotations
 

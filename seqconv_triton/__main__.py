@@ -1,0 +1,7 @@
+"""`python -m seqconv_triton`."""
+
+import sys
+
+from seqconv_triton.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Translations from and to other formats."""

@@ -1,0 +1,52 @@
+"""The demo's two pictures: learning curves, and a contact sheet of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from seqconv_triton.training.loop import History
+
+RIGHT, WRONG = "#0072b2", "#d55e00"  # Okabe and Ito: told apart by colour-blind readers too
+
+
+def learning_curves(histories: dict[str, History], path: Path) -> None:
+    """Training loss (nats) and test error (%) against epochs, a line for each network."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, error = figure.subplots(1, 2)
+    for (name, history), colour, style in zip(histories.items(), (RIGHT, WRONG), ("-", "--"), strict=False):
+        epochs = range(1, len(history.train_loss) + 1)
+        loss.plot(epochs, history.train_loss, style, color=colour, label=name)
+        error.plot(epochs, [100 * (1 - a) for a in history.test_accuracy], style, color=colour, label=name)
+    loss.set(xlabel="epoch", ylabel="training cross-entropy (nats)", yscale="log")
+    error.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
+    for axes in (loss, error):
+        axes.grid(visible=True, which="both", alpha=0.25)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def contact_sheet(images: Tensor, labels: Tensor, probabilities: Tensor, path: Path, columns: int = 8) -> None:
+    """Images [N, 1, H, W] with the predicted digit and its probability; a wrong one also names the truth."""
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    confidence, predicted = probabilities.max(1)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+        axes.axis("off")
+    for i, axes in zip(range(len(images)), grid, strict=False):
+        right = bool(predicted[i] == labels[i])
+        axes.imshow(1 - images[i, 0], cmap="gray", vmin=0, vmax=1)
+        title = f"{int(predicted[i])}  {100 * float(confidence[i]):.0f} %"
+        axes.set_title(
+            title if right else f"✗ {title}\nis {int(labels[i])}",
+            fontsize=9,
+            color=RIGHT if right else WRONG,
+            fontweight="normal" if right else "bold",
+        )
+    figure.savefig(path, dpi=120)
