@@ -11,6 +11,7 @@ from helpers import assert_backends_agree, error, everything, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.backend import aten_evaluation
 from seqconv_triton.plan import Plan, Tail
 
 TOLERANCE = 1e-11
@@ -100,15 +101,43 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
     x = torch.randn(5, 12, 5, 6, dtype=torch.float64)
     with sct.use_backend("reference"):
         expected = stage(x)
-    monkeypatch.setattr("seqconv_triton.backend.aten.STRIP_BYTES", 36 * 30 * 8 * 2)
-    calls = []
-    from seqconv_triton.backend import aten
-
-    whole = aten.stage_forward
-    monkeypatch.setattr(aten, "stage_forward", lambda x, *rest: calls.append(x.shape[0]) or whole(x, *rest))
+    monkeypatch.setattr(aten_evaluation, "STRIP_BYTES", 36 * 30 * 8 * 2)
+    chunks = []
+    one_chunk = aten_evaluation._evaluate_chunk
+    monkeypatch.setattr(
+        aten_evaluation, "_evaluate_chunk", lambda x, *rest: chunks.append(x.shape[0]) or one_chunk(x, *rest)
+    )
     with torch.no_grad():
         assert error(stage(x), expected) < TOLERANCE
-    assert calls == [5, 2, 2, 1]
+    assert chunks == [2, 2, 1]
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_evaluation_without_gradients_equals_reference(case: str) -> None:
+    """The folded pass, with a shortcut and without."""
+    channels, out, k, options, (images, height, width) = LAYERS[case]
+    layer = randomise(sct.SeqConv2d(channels, out, k, dtype=torch.float64, **options)).eval()
+    x = torch.randn(images, channels, height, width, dtype=torch.float64)
+    parameters, statistics = layer.parameters_and_statistics()
+    shortcut = torch.randn(images, out, height, width, dtype=torch.float64)
+    for added in (None, shortcut):
+        with torch.no_grad():
+            got = sct.ops.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+            with sct.use_backend("reference"):
+                expected = sct.ops.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+        assert error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_stage_evaluation_without_gradients_equals_reference(block: str, end: str) -> None:
+    plan = Plan.stage(12, 4, 3, **BLOCKS[block], **ENDS[end])
+    stage = randomise(sct.Stage(plan, dtype=torch.float64)).eval()
+    x = torch.randn(2, plan.in_channels, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        got = stage(x)
+        with sct.use_backend("reference"):
+            assert error(got, stage(x)) < TOLERANCE
 
 
 def test_frozen_parameters_get_no_gradient_and_change_no_other() -> None:

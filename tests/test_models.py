@@ -10,10 +10,10 @@ import oracle
 import pytest
 import torch
 from helpers import assert_backends_agree, error, everything, randomise
-from seqconv_triton.interop.published import export_published
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.interop.published import export_published
 
 
 def run(module: nn.Module, x: Tensor) -> Sequence[Tensor]:

@@ -13,107 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
-from seqconv_triton.backend.packing import (
-    group_masks,
-    transform_weights,
-    window_weights,
-)
-from seqconv_triton.plan import Plan, Segment, Tail
+from seqconv_triton.backend.aten_evaluation import evaluate
+from seqconv_triton.backend.aten_parts import Images, Norm, norms, pixels, tail_convolution, window_rows
+from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.plan import Plan, Segment
 
 aten = torch.ops.aten
-# Strips beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
-STRIP_BYTES = 16 * 2**20
-
-
-def pixels(x: Tensor) -> Tensor:
-    """A channels-last [N, C, H, W] tensor as rows of channels: [P, C]."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-class Images:
-    """Turns rows of channels [P, C] back into [N, C, H, W] without a copy."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.batch, _, self.height, self.width = x.shape
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self.batch, self.height, self.width)).permute(0, 3, 1, 2)
-
-    def pixel_mask(self, mask: Tensor) -> Tensor:
-        """A channel mask [N, C] repeated for every pixel: [P, C]."""
-        return mask[:, None].expand(-1, self.height * self.width, -1).reshape(-1, mask.shape[1])
-
-
-class Norm:
-    """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, batch: bool) -> None:
-        self.weight, self.bias, self.mean, self.var, self.eps, self.batch = weight, bias, mean, var, eps, batch
-
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """scale and shift with BN(x) = scale·x + shift."""
-        scale = self.weight * (self.var + self.eps).rsqrt()
-        return scale, self.bias - scale * self.mean
-
-    def normalize(self, raw: Tensor, start: int) -> Tensor:
-        """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
-        if not self.batch:
-            return self.apply(raw, start)
-        channels = slice(start, start + raw.shape[1])
-        weight, bias = self.weight[channels], self.bias[channels]
-        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
-        self.mean[channels] = mean
-        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
-        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
-        return out
-
-    def apply(self, raw: Tensor, start: int) -> Tensor:
-        """BN of channels [start, …) with known statistics."""
-        channels = slice(start, start + raw.shape[1])
-        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
-        out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
-        return out
-
-    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
-        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
-        channels = slice(start, start + raw.shape[1])
-        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
-        inverse = (var + self.eps).rsqrt()
-        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
-            grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
-        )
-        return d_raw
-
-
-def norms(parameters: StageParameters, statistics: Statistics, eps: float, batch: bool) -> tuple[Norm, Norm | None]:
-    """The BNs over the buffer, and those behind the 1×1 convs."""
-    norm = Norm(parameters.norm_weight, parameters.norm_bias, statistics.mean, statistics.var, eps, batch)
-    if parameters.reduce_norm_weight is None:
-        return norm, None
-    assert parameters.reduce_norm_bias is not None
-    assert statistics.reduce_mean is not None and statistics.reduce_var is not None
-    return norm, Norm(
-        parameters.reduce_norm_weight,
-        parameters.reduce_norm_bias,
-        statistics.reduce_mean,
-        statistics.reduce_var,
-        eps,
-        batch,
-    )
-
-
-def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
-    """The conv behind the stage on its activated input."""
-    x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
-    padding = tail.kernel_size // 2
-    return F.conv2d(x, weight, None, tail.stride, padding, 1, tail.groups)
-
-
-def images_per_chunk(x: Tensor, plan: Plan) -> int:
-    """How many images' strips fit into STRIP_BYTES, in even shares of the batch."""
-    strip = max(segment.stop - segment.start for segment in plan.segments)
-    fit = max(1, STRIP_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
-    return -(-x.shape[0] // -(-x.shape[0] // fit))
 
 
 def stage_forward(
@@ -130,28 +35,16 @@ def stage_forward(
     z: Tensor | None,
 ) -> None:
     """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
-    chunk = images_per_chunk(x, plan)
-    if chunk < x.shape[0] and not batch_statistics and buffer is None:
-        # Nothing links the images in evaluation: a few at a time stay in the cache.
-        for start in range(0, x.shape[0], chunk):
-            own = slice(start, start + chunk)
-            own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
-            stage_forward(
-                x[own], own_shortcut, parameters, statistics, False, own_mask, plan, eps, out[own], None, None
-            )  # fmt: skip
+    if buffer is None and not batch_statistics and x.dtype in (torch.float32, torch.float64):
+        # Half precisions keep BN apart: folding would round its scale.
+        evaluate(x, shortcut, parameters, statistics, mask, plan, eps, out)
         return
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(x)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics)
     offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
     transform = transform_weights(parameters.transform_weight, plan)
-    reduce: tuple[Tensor, ...] = ()
-    reduce_shift: Tensor | None = None
-    if parameters.reduce_weight is not None and reduce_norm is not None:
-        reduce = window_rows(parameters.reduce_weight, plan)
-        if not batch_statistics:
-            scale, shift = reduce_norm.fold()
-            reduce_scale, reduce_shift = scale.to(x.dtype), shift.to(x.dtype)
+    reduce = window_rows(parameters.reduce_weight, plan)
     masks = None if mask is None else group_masks(mask.to(x.dtype), plan)
     rows = pixels(x)
     raw_rows = None if buffer is None else pixels(buffer)
@@ -180,10 +73,6 @@ def stage_forward(
                 window = window * images.pixel_mask(masks[j])
             if reduce_norm is None:
                 u = images(window)
-            elif reduce_shift is not None and z is None:
-                own = slice(j * k, (j + 1) * k)
-                folded = reduce[j] * reduce_scale[own, None]
-                u = images(torch.addmm(reduce_shift[own], window, folded.t(), out=raw_z).relu_())
             else:
                 raw_z = raw_z if z is None else z[j].view(-1, k)
                 torch.mm(window, reduce[j].t(), out=raw_z)
@@ -315,11 +204,6 @@ def stage_backward(
         dx[:, c : c + k] += images(dy)
     if d_raw_rows is not None:
         dx += images(d_raw_rows[:, :width])
-
-
-def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-    """The 1×1 convs of all groups as matrices [k, window]; none in basic layers."""
-    return () if weight is None else tuple(w.flatten(1) for w in window_weights(weight, plan, 1))
 
 
 def activated_strip(raw_rows: Tensor, norm: Norm, images: Images, plan: Plan, segment: Segment) -> Tensor:

@@ -126,12 +126,12 @@ def load_published(
     """Load a published checkpoint, from a file or a state dict, into the model, and return the model.
 
     A `state_dict` key around the entries and a `module.` prefix on all of them are taken off. Files are read with
-    torch.load(weights_only=True): no code of theirs runs. Entries `num_batches_tracked` may be missing, as in old files.
+    torch.load(weights_only=True): no code of theirs runs. Old files may lack the entries `num_batches_tracked`.
     A published SeqResNeXt-24 gives its accuracy only in `SeqResNeXt24(repeat_extension=True)`; no file says so.
 
-    Raises ValueError, with the model unchanged, for a file that is no checkpoint, or with a list of all entries that are
-    missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm; TypeError if
-    model is none of the paper's networks.
+    Raises ValueError, with the model unchanged, for a file that is no checkpoint, or with a list of all entries that
+    are missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm;
+    TypeError if model is none of the paper's networks.
     """
     _require_backbone(model)
     given = _unwrap(source if isinstance(source, Mapping) else _read(source))
@@ -139,7 +139,9 @@ def load_published(
         entries = list(_entries(model))
     problems = _problems(entries, given)
     if problems:
-        raise ValueError(f"the checkpoint does not fit {type(model).__name__}; nothing was loaded\n" + "\n".join(problems))
+        raise ValueError(
+            f"the checkpoint does not fit {type(model).__name__}; nothing was loaded\n" + "\n".join(problems)
+        )
     with torch.no_grad():
         for entry in entries:
             value = given.get(entry.name)
@@ -158,7 +160,9 @@ def _read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
     try:
         loaded = torch.load(Path(source) if isinstance(source, str) else source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}") from error
+        raise ValueError(
+            f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}"
+        ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no checkpoint, or only part of one: {_brief(error)}") from error
     if not isinstance(loaded, Mapping):
@@ -197,11 +201,12 @@ def _problems(entries: list[Entry], given: Mapping[str, object]) -> list[str]:
         elif entry.counter:
             counters.setdefault(entry.ours.data_ptr(), {}).setdefault(int(value), entry.name)
     uneven = [
-        ", ".join(f"{name} is {count}" for count, name in values.items()) for values in counters.values() if len(values) > 1
+        ", ".join(f"{name} is {count}" for count, name in values.items())
+        for values in counters.values()
+        if len(values) > 1
     ]
     listed = (("missing", missing), ("unknown", extra), ("wrong", wrong), ("counters that differ", uneven))
     return [line for kind, names in listed for line in _listing(kind, names)]
-
 
 
 def _listing(kind: str, names: list[str]) -> list[str]:

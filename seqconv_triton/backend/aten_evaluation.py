@@ -1,0 +1,151 @@
+"""The aten backend's evaluation pass: BN folded into weights and biases once, a few images at a time.
+
+Only activations are stored, in strips that stay in the cache; raw features live from where they are written until a
+layer B adds them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.aten_parts import Images, norms, pixels, tail_convolution, window_rows
+from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.plan import Plan
+
+# Strips beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
+STRIP_BYTES = 16 * 2**20
+
+
+class Folded(NamedTuple):
+    """A stage's weights with BN folded in where nothing lies between conv and BN."""
+
+    scale: Tensor  # [buffer channels], also of an already activated input, where it is not used
+    shift: Tensor
+    reduce: tuple[Tensor, ...]  # [k, window] each
+    reduce_shift: tuple[Tensor, ...]  # [k] each
+    transform: tuple[Tensor, ...]
+    transform_shift: tuple[Tensor | None, ...]  # None: the raw output is needed, BN follows on its own
+
+
+def fold(
+    parameters: StageParameters, statistics: Statistics, plan: Plan, eps: float, dtype: torch.dtype, added: bool
+) -> Folded:
+    """Fold once for all images; `added`: a shortcut from outside comes between every 3×3 conv and its BN."""
+    k = plan.group_width
+    norm, reduce_norm = norms(parameters, statistics, eps, batch=False)
+    scale, shift = (vector.to(dtype) for vector in norm.fold())
+    missing = plan.total_channels - plan.normalized_channels
+    if missing:
+        scale, shift = (F.pad(vector, (missing, 0)) for vector in (scale, shift))
+    reduce: tuple[Tensor, ...] = ()
+    reduce_shift: tuple[Tensor, ...] = ()
+    if reduce_norm is not None:
+        reduce_scale, shifts = (vector.to(dtype).split(k) for vector in reduce_norm.fold())
+        rows = window_rows(parameters.reduce_weight, plan)
+        reduce = tuple(weight * own[:, None] for weight, own in zip(rows, reduce_scale, strict=True))
+        reduce_shift = tuple(shifts)
+    awaited = {group.residual_start for group in plan.groups}
+    transform = list(transform_weights(parameters.transform_weight, plan))
+    transform_shift: list[Tensor | None] = [None] * len(transform)
+    for j, group in enumerate(plan.groups):
+        c = plan.slot(j)
+        if not added and group.residual_start is None and c not in awaited:
+            transform[j] = transform[j] * scale[c : c + k, None, None, None]
+            transform_shift[j] = shift[c : c + k]
+    return Folded(scale, shift, reduce, reduce_shift, tuple(transform), tuple(transform_shift))
+
+
+def images_per_chunk(x: Tensor, plan: Plan) -> int:
+    """How many images' strips fit into STRIP_BYTES, in even shares of the batch."""
+    strip = max(segment.stop - segment.start for segment in plan.segments)
+    fit = max(1, STRIP_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
+    return -(-x.shape[0] // -(-x.shape[0] // fit))
+
+
+def evaluate(
+    x: Tensor,
+    shortcut: Tensor | None,
+    parameters: StageParameters,
+    statistics: Statistics,
+    mask: Tensor | None,
+    plan: Plan,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """Fill `out` with running statistics; nothing links the images, so they go through a few at a time."""
+    folded = fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
+    chunk = images_per_chunk(x, plan)
+    for start in range(0, x.shape[0], chunk):
+        own = slice(start, start + chunk)
+        own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
+        _evaluate_chunk(x[own], own_shortcut, folded, parameters.tail_weight, own_mask, plan, out[own])
+
+
+def _evaluate_chunk(
+    x: Tensor,
+    shortcut: Tensor | None,
+    folded: Folded,
+    tail_weight: Tensor | None,
+    mask: Tensor | None,
+    plan: Plan,
+    out: Tensor,
+) -> None:
+    k, groups, width = plan.group_width, plan.groups, plan.in_channels
+    images, rows = Images(x), pixels(x)
+    masks = None if mask is None else group_masks(mask.to(x.dtype), plan)
+    awaited = {group.residual_start for group in groups}
+    sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
+    subgroups = plan.subgroups if plan.bottleneck else 1
+    z = rows.new_empty(rows.shape[0], k)
+    strip = rows.new_empty(0)
+    previous = None
+    for segment in plan.segments:
+        base = segment.start
+        fresh = rows.new_empty(rows.shape[0], segment.stop - base)
+        if previous is not None:
+            overlap = previous.stop - base
+            fresh[:, :overlap] = strip[:, base - previous.start :]
+        elif plan.raw_input:
+            activated = torch.addcmul(folded.shift[:width], rows, folded.scale[:width])
+            torch.clamp_min(activated, 0, out=fresh[:, :width])
+        else:
+            fresh[:, :width] = rows
+        strip, previous = fresh, segment
+        for j in range(segment.first, segment.last):
+            group, c = groups[j], plan.slot(j)
+            start = group.window_start - base
+            window = strip[:, start : start + group.window_width]
+            if masks is not None:
+                window = window * images.pixel_mask(masks[j])
+            if folded.reduce:
+                torch.addmm(folded.reduce_shift[j], window, folded.reduce[j].t(), out=z)
+                window = z.relu_()
+            bias = folded.transform_shift[j]
+            y = F.conv2d(images(window), folded.transform[j], bias, 1, 1, 1, subgroups)
+            slot = strip[:, c - base : c - base + k]
+            if bias is None:
+                if shortcut is not None:
+                    y += shortcut[:, j * k : (j + 1) * k]
+                elif group.residual_start is not None:
+                    y += images(sources.pop(group.residual_start))
+                if c in awaited:
+                    sources[c] = pixels(y)
+                raw = pixels(y)
+                torch.addcmul(folded.shift[c : c + k], raw, folded.scale[c : c + k], out=slot)
+                slot.clamp_min_(0)
+            else:
+                torch.clamp_min(pixels(y), 0, out=slot)
+
+    end = images(strip[:, -plan.read_channels :])
+    if plan.tail is None:
+        out.copy_(end)
+        return
+    if masks is not None:
+        end = end * masks[-1][:, :, None, None]
+    assert tail_weight is not None
+    out.copy_(tail_convolution(end, tail_weight, plan.tail))

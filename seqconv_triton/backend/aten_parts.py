@@ -1,0 +1,102 @@
+"""What the aten backend's passes share: rows and images, BN on packed channels, the tail, weights as matrices."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.packing import window_weights
+from seqconv_triton.plan import Plan, Tail
+
+aten = torch.ops.aten
+
+
+def pixels(x: Tensor) -> Tensor:
+    """A channels-last [N, C, H, W] tensor as rows of channels: [P, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class Images:
+    """Turns rows of channels [P, C] back into [N, C, H, W] without a copy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.batch, _, self.height, self.width = x.shape
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.batch, self.height, self.width)).permute(0, 3, 1, 2)
+
+    def pixel_mask(self, mask: Tensor) -> Tensor:
+        """A channel mask [N, C] repeated for every pixel: [P, C]."""
+        return mask[:, None].expand(-1, self.height * self.width, -1).reshape(-1, mask.shape[1])
+
+
+class Norm:
+    """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, batch: bool) -> None:
+        self.weight, self.bias, self.mean, self.var, self.eps, self.batch = weight, bias, mean, var, eps, batch
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """scale and shift with BN(x) = scale·x + shift."""
+        scale = self.weight * (self.var + self.eps).rsqrt()
+        return scale, self.bias - scale * self.mean
+
+    def normalize(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
+        if not self.batch:
+            return self.apply(raw, start)
+        channels = slice(start, start + raw.shape[1])
+        weight, bias = self.weight[channels], self.bias[channels]
+        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+        self.mean[channels] = mean
+        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
+        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
+        return out
+
+    def apply(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) with known statistics."""
+        channels = slice(start, start + raw.shape[1])
+        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
+        out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
+        return out
+
+    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
+        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
+        channels = slice(start, start + raw.shape[1])
+        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
+        inverse = (var + self.eps).rsqrt()
+        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
+            grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
+        )
+        return d_raw
+
+
+def norms(parameters: StageParameters, statistics: Statistics, eps: float, batch: bool) -> tuple[Norm, Norm | None]:
+    """The BNs over the buffer, and those behind the 1×1 convs."""
+    norm = Norm(parameters.norm_weight, parameters.norm_bias, statistics.mean, statistics.var, eps, batch)
+    if parameters.reduce_norm_weight is None:
+        return norm, None
+    assert parameters.reduce_norm_bias is not None
+    assert statistics.reduce_mean is not None and statistics.reduce_var is not None
+    return norm, Norm(
+        parameters.reduce_norm_weight,
+        parameters.reduce_norm_bias,
+        statistics.reduce_mean,
+        statistics.reduce_var,
+        eps,
+        batch,
+    )
+
+
+def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
+    """The conv behind the stage on its activated input."""
+    x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
+    padding = tail.kernel_size // 2
+    return F.conv2d(x, weight, None, tail.stride, padding, 1, tail.groups)
+
+
+def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    """The 1×1 convs of all groups as matrices [k, window]; none in basic layers."""
+    return () if weight is None else tuple(w.flatten(1) for w in window_weights(weight, plan, 1))
