@@ -1,6 +1,7 @@
 """Sequentially aggregated convolutional networks (Huang et al., 2019), fast: layers, stages and the paper's models."""
 
 from seqconv_triton.backend import use_backend
+from seqconv_triton.interop.published import export_published, load_published
 from seqconv_triton.layers import SeqConv2d, Stage
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
@@ -18,6 +19,8 @@ __all__ = [
     "SeqResNetB42",
     "Stage",
     "create_model",
+    "export_published",
     "list_models",
+    "load_published",
     "use_backend",
 ]

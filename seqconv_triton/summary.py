@@ -84,7 +84,6 @@ def kept_for_backward(model: Backbone, image_size: int) -> int:
     Unique storages only, as the saved tensors show them; without parameters, buffers and the image. Measured for two
     images and halved, since a single value per channel has no batch statistics.
     """
-    own = {id(t.untyped_storage()._cdata) for t in (*model.parameters(), *model.buffers())}
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, Tensor] = {}
 
@@ -157,7 +156,8 @@ def render(summary: Summary, windows: bool = False) -> str:
     """The summary as a table; with the windows of every stage drawn below it."""
     lines = [
         f"{summary.name} at {summary.image_size}×{summary.image_size}",
-        f"{'part':<12}{'image':>9}{'channels':>10}{'groups':>8}{'k':>5}{'s':>4}{'window':>12}{'parameters':>13}{'G mult-adds':>13}",
+        f"{'part':<12}{'image':>9}{'channels':>10}{'groups':>8}{'k':>5}{'s':>4}{'window':>12}"
+        f"{'parameters':>13}{'G mult-adds':>13}",
     ]
     for row in summary.rows:
         plan: Any = row.plan

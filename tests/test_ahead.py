@@ -1,4 +1,4 @@
-"""Every kernel family compiles for GPUs that are not here, uses their matrix units, spills nothing, fits their memory."""
+"""Every kernel compiles for GPUs that are not here, uses their matrix units, spills nothing, fits their memory."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ def _unit(name: str, weight: Tensor, norm: nn.BatchNorm2d, start: int, count: in
     yield Entry(f"{name}.LinearLayer.weight", weight)
     for vector in VECTORS:
         yield Entry(f"{name}.BatchNormalizationLayer.{vector}", getattr(norm, vector)[start : start + count])
+    assert norm.num_batches_tracked is not None
     yield Entry(f"{name}.BatchNormalizationLayer.num_batches_tracked", norm.num_batches_tracked, counter=True)
 
 

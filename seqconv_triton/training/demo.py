@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,13 +104,8 @@ def run(config: DemoConfig) -> list[Result]:
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update(images)
 
-                history = fit(
-                    model,
-                    lambda generator=generator: data.training_batches(recipe.batch_size, config.max_shift, generator),
-                    test,
-                    recipe,
-                    on_batch=on_batch,
-                )
+                batches = partial(data.training_batches, recipe.batch_size, config.max_shift, generator)
+                history = fit(model, batches, test, recipe, on_batch=on_batch)
         histories[name] = history
         results.append(Result(name, count_parameters(model), history.test_accuracy[-1], history.seconds))
         file = config.output / f"{name.lower().replace(' ', '-')}.pt"

@@ -1,4 +1,4 @@
-"""The training loop: SGD with Nesterov momentum, the learning rate divided by 10 twice (Section 4 of the paper), and evaluation."""
+"""The training loop: SGD with Nesterov momentum, the learning rate divided by 10 twice, and evaluation."""
 
 from __future__ import annotations
 
