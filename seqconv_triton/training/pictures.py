@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from seqconv_triton.training.loop import History
@@ -25,6 +26,7 @@ def learning_curves(histories: dict[str, History], path: Path) -> None:
     loss.set(xlabel="epoch", ylabel="training cross-entropy (nats)", yscale="log")
     error.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
     for axes in (loss, error):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=True, which="both", alpha=0.25)
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -36,7 +38,7 @@ def contact_sheet(images: Tensor, labels: Tensor, probabilities: Tensor, path: P
     figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     confidence, predicted = probabilities.max(1)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for i, axes in zip(range(len(images)), grid, strict=False):
