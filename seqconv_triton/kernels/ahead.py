@@ -38,6 +38,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "v_mfma")
 

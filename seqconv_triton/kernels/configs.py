@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 import triton
 
+KERNELS = ("convolution", "data_gradient", "weight_gradient")
 
-@dataclass(frozen=True)
-class LaunchConfig:
+
+class LaunchConfig(NamedTuple):
     """Tile sizes (pixels, output channels, reduction) and what the compiler is told."""
 
     block_p: int
@@ -16,6 +21,37 @@ class LaunchConfig:
     block_k: int
     num_warps: int
     num_stages: int
+
+
+_pinned: dict[str, LaunchConfig] = {}
+
+
+@contextmanager
+def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages: int = 2) -> Iterator[None]:
+    """Inside, every launch of a kernel family takes these tiles: for tests, and for the same bits on any device.
+
+    Output channels keep the tile that the conv groups ask for. Raises ValueError for an unknown family, and for tiles
+    that are no powers of two from 16 on.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r} (kernels: {', '.join(KERNELS)})")
+    for name, size in (("block_p", block_p), ("block_k", block_k)):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name} ({size}) must be a power of two from 16 on")
+    outer = _pinned.get(kernel)
+    _pinned[kernel] = LaunchConfig(block_p, 0, block_k, num_warps, num_stages)
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _pinned[kernel]
+        else:
+            _pinned[kernel] = outer
+
+
+def smallest_tile() -> int:
+    """The fewest pixels that any tile with statistics has."""
+    return min([64, *(config.block_p for config in _pinned.values())])
 
 
 def channel_tile(channels: int, group: int, most: int = 128) -> int:
@@ -32,15 +68,34 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def config_for(kernel: str, reduction: int, block_n: int, element_size: int) -> LaunchConfig:
-    """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element).
+@lru_cache(maxsize=16)
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like, "gfx942" and the like; "sm_90" for what is no GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def config_for(kernel: str, reduction: int, block_n: int, element_size: int, arch: str = "sm_90") -> LaunchConfig:
+    """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element, architecture).
 
     Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
     """
+    if kernel in _pinned:
+        return _pinned[kernel]._replace(block_n=block_n)
+    return _heuristic(kernel, reduction, block_n, element_size, arch)
+
+
+@lru_cache(maxsize=1024)
+def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arch: str) -> LaunchConfig:
+    stages = 2 if arch.startswith("gfx") else 3
     block_k = max(16, min(64, triton.next_power_of_2(reduction)))
+    if kernel == "weight_gradient":
+        return LaunchConfig(32, block_n, block_k, 4, stages)
     if element_size == 4:
         block_k = min(32, block_k)
-    if kernel == "weight_gradient":
-        return LaunchConfig(32, block_n, max(16, min(64, triton.next_power_of_2(reduction))), 4, 3)
     block_p = 128 if block_n <= 64 else 64
-    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= 8192 else 4, 3)
+    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= 8192 else 4, stages)

@@ -1,14 +1,30 @@
 """Convolution over a channel window, BN-ReLU on load: y = W ∗ (mask · relu(scale·x + shift)) [+ shortcut].
 
 One kernel for the 1×1 convs over a window (paper, Eq. 4), the 3×3 convs of a group, grouped or over the window (Eq. 2),
-and the tail. Weights lie as [C_out, taps, C_in of a conv group]. In training it also leaves, per tile of pixels, mean
-and sum of squared deviations of the float32 accumulators, for Chan's combination (`statistics.py`).
+and the tail. Weights lie as [C_out, taps, C_in of a conv group]. In training it also takes the statistics of its
+float32 accumulators, which the last program to arrive turns into the BN behind it (`statistics.py`).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
+from seqconv_triton.kernels.launch import (
+    FAN,
+    ConvShape,
+    Features,
+    Scratch,
+    channel_offset,
+    covered,
+    precision,
+    row_stride,
+    run,
+    wide,
+)
+from seqconv_triton.kernels.statistics import finish_statistics
 
 
 @triton.jit
@@ -25,16 +41,17 @@ def activate(value, scale_ptr, shift_ptr, channels, mask_c, IDENTITY: tl.constex
 
 @triton.jit
 def convolution_forward_kernel(
-    x_ptr, scale_ptr, shift_ptr, mask_ptr, weight_ptr, shortcut_ptr, y_ptr, mean_ptr, m2_ptr,
+    x_ptr, scale_ptr, shift_ptr, mask_ptr, weight_ptr, shortcut_ptr, y_ptr,
+    mean_ptr, m2_ptr, counter_ptr, norm_ptr,
     start, P, H, W, OUT_H, OUT_W,
-    stride_x, stride_mask, stride_shortcut, stride_y,
+    stride_x, step_x, stride_mask, stride_shortcut, stride_y, stride_norm, eps,
     C_OUT: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr, RANGE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
-    ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [P_in, stride_x] from channel `start` on; READ of its channels exist (the tail may read them repeatedly).
+    """x [P_in, …] from channel `start` on; READ of its channels exist (the tail may read them repeatedly).
 
     RANGE input channels, from the first one of the tile's first conv group on, cover what the tile's outputs see.
     """
@@ -60,13 +77,14 @@ def convolution_forward_kernel(
             mask_k = (k0 + tl.arange(0, BLOCK_K) < RANGE) & (offs_k < GROUP_IN * (C_OUT // GROUP_OUT))
             channels = start + offs_k % READ
             valid = inside[:, None] & mask_k[None, :]
-            x = tl.load(rows[:, None] + channels[None, :], mask=valid, other=0.0)  # [BLOCK_P, BLOCK_K]
-            if ACTIVATE:
-                x = activate(x.to(tl.float32), scale_ptr, shift_ptr, channels, mask_k, IDENTITY)
-                x = tl.where(valid, x, 0.0)  # the padding is zero behind the activation
+            x = tl.load(
+                rows[:, None] + channel_offset(channels, step_x, BLOCK)[None, :], mask=valid, other=0.0
+            )  # [BLOCK_P, BLOCK_K]
+            x = activate(x.to(tl.float32), scale_ptr, shift_ptr, channels, mask_k, IDENTITY)
+            x = tl.where(valid, x, 0.0)  # the padding is zero behind the activation
             if HAS_MASK:
                 dropped = mask_ptr + image[:, None] * stride_mask + (offs_k % READ)[None, :]
-                x = x.to(tl.float32) * tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
+                x *= tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
             # Position within the conv group of each output; outside it the block-diagonal weight is zero.
             inner = offs_k[:, None] - (offs_n // GROUP_OUT)[None, :] * GROUP_IN
             held = mask_k[:, None] & mask_n[None, :] & (inner >= 0) & (inner < GROUP_IN)
@@ -83,5 +101,41 @@ def convolution_forward_kernel(
         count = tl.minimum(P - pid_p * BLOCK_P, BLOCK_P).to(tl.float32)
         mean = tl.sum(tl.where(stored, acc, 0.0), axis=0) / count
         deviation = tl.where(stored, acc - mean[None, :], 0.0)
-        tl.store(mean_ptr + pid_p * C_OUT + offs_n, mean, mask=mask_n)
-        tl.store(m2_ptr + pid_p * C_OUT + offs_n, tl.sum(deviation * deviation, axis=0), mask=mask_n)
+        finish_statistics(
+            mean, tl.sum(deviation * deviation, axis=0), mean_ptr, m2_ptr, counter_ptr, norm_ptr, stride_norm,
+            C_OUT, offs_n, mask_n, P, eps, BLOCK_P, BLOCK_N, FAN,
+        )  # fmt: skip
+
+
+def convolution(
+    source: Features,
+    start: int,
+    weight: Tensor,
+    shape: ConvShape,
+    out: Tensor,
+    *,
+    mask: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    norm: Tensor | None = None,
+    scratch: Scratch | None = None,
+    eps: float = 0.0,
+) -> None:
+    """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
+    block_n = channel_tile(shape.c_out, shape.group_out)
+    reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
+    config = config_for("convolution", reach, block_n, out.element_size(), architecture(out.device))
+    sums = (source.scale,) * 3 if scratch is None else scratch
+    run(
+        convolution_forward_kernel, (triton.cdiv(shape.out_pixels, config.block_p), triton.cdiv(shape.c_out, block_n)),
+        source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
+        source.rows if shortcut is None else shortcut, out, *sums, source.scale if norm is None else norm,
+        start, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
+        source.rows.stride(-2), source.step, row_stride(mask), row_stride(shortcut), out.stride(0),
+        0 if norm is None else norm.stride(0), eps,
+        C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
+        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity,
+        HAS_MASK=mask is not None, HAS_SHORTCUT=shortcut is not None, STATISTICS=scratch is not None,
+        BLOCK=source.block, WIDE=wide(source.rows, out), PRECISION=precision(out.dtype), FAN=FAN,
+        BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,26 +1,113 @@
 """Backward-data in pull form: a channel's gradient is gathered from every later conv that read it.
 
 g[p, c] = Σ_i mask_i · Σ_taps W_i[:, c − start_i, tap]ᵀ · dy_i[p − tap]  over the readers i whose window holds c; then
-the ReLU mask of channel c, and the two sums that BN's backward needs. Written once, accumulated in float32.
-The same kernel takes a gradient back through a group's 3×3 conv and through the tail: one reader, all channels.
+the ReLU mask of channel c, and the two sums of BN's backward, which the last program to arrive completes. Written once,
+accumulated in float32. The same kernel takes a gradient back through a group's 3×3 conv and through the tail.
+
+The first reader's own gradient is usually FRESH: not yet taken through the BN behind its conv, whose sums the previous
+launch has just completed. That happens on load, dy = a·g + b·raw + c [+ upstream] [+ passed], and dy is written along
+the way for those who need it later. So BN's backward costs no launch and no pass over memory of its own.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
+from seqconv_triton.kernels.launch import FAN, A, ConvShape, Scratch, covered, precision, row_stride, run, wide
+from seqconv_triton.kernels.statistics import finish_gradients
+
+
+@triton.jit
+def gathered(
+    reader, dy_ptr, weight_ptr, readers_ptr, mask_ptr,
+    fresh_ptr, fresh_raw_ptr, coefficient_ptr, fresh_up_ptr, passed_ptr,
+    target, P, H, W, OUT_H, OUT_W, stride_dy, step_dy, stride_mask,
+    stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed,
+    offs_p, mask_p, offs_n, mask_n, pid_n,
+    ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, RANGE: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr,
+    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What one reader contributes to a tile, in float32."""
+    start = tl.load(readers_ptr + reader * 4)
+    width = tl.load(readers_ptr + reader * 4 + 1)
+    weights = weight_ptr + tl.load(readers_ptr + reader * 4 + 2)
+    source = dy_ptr + tl.cast(reader, tl.int64) * step_dy
+    column = target + offs_n - start  # of the tile's channels in the reader's window
+    seen = mask_n & (column >= 0) & (column < width)
+    image = offs_p // (H * W)
+    at_h, at_w = (offs_p // W) % H, offs_p % W
+    part = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    for tap in range(KERNEL * KERNEL):
+        up_h = at_h + KERNEL // 2 - tap // KERNEL
+        up_w = at_w + KERNEL // 2 - tap % KERNEL
+        out_h, out_w = up_h // STRIDE, up_w // STRIDE
+        inside = mask_p & (up_h >= 0) & (up_w >= 0) & (out_h < OUT_H) & (out_w < OUT_W)
+        if STRIDE > 1:
+            inside = inside & (up_h % STRIDE == 0) & (up_w % STRIDE == 0)
+        row = (image * OUT_H + out_h) * OUT_W + out_w
+        for k0 in range(0, RANGE, BLOCK_K):
+            offs_k = k0 + tl.arange(0, BLOCK_K)
+            if WINDOWS:
+                inner = column[None, :] + tl.zeros((BLOCK_K, 1), dtype=tl.int64)
+                row_length = width
+                held = seen[None, :]
+            else:
+                lowest = pid_n * BLOCK_N + target - start
+                offs_k += (lowest // GROUP_IN) * GROUP_OUT
+                inner = column[None, :] - (offs_k // GROUP_OUT)[:, None] * GROUP_IN
+                row_length = GROUP_IN
+                held = seen[None, :] & (inner >= 0) & (inner < GROUP_IN)
+            mask_k = (k0 + tl.arange(0, BLOCK_K) < RANGE) & (offs_k < ROWS)
+            valid = inside[:, None] & mask_k[None, :]
+            if FRESH:
+                g = tl.load(fresh_ptr + row[:, None] * stride_fresh + offs_k[None, :], mask=valid, other=0.0)
+                raw = fresh_raw_ptr + row[:, None] * stride_fresh_raw + offs_k[None, :]
+                raw = tl.load(raw, mask=valid, other=0.0).to(tl.float32)
+                a = tl.load(coefficient_ptr + offs_k, mask=mask_k, other=0.0)
+                b = tl.load(coefficient_ptr + stride_coefficient + offs_k, mask=mask_k, other=0.0)
+                c = tl.load(coefficient_ptr + 2 * stride_coefficient + offs_k, mask=mask_k, other=0.0)
+                value = a[None, :] * g.to(tl.float32) + b[None, :] * raw + c[None, :]
+                if FRESH_UP:
+                    up = fresh_up_ptr + row[:, None] * stride_fresh_up + offs_k[None, :]
+                    value += tl.load(up, mask=valid, other=0.0).to(tl.float32)
+                if PASSED:
+                    passed = passed_ptr + row[:, None] * stride_passed + offs_k[None, :]
+                    value += tl.load(passed, mask=valid, other=0.0).to(tl.float32)
+                dy = tl.where(valid, value, 0.0).to(dy_ptr.dtype.element_ty)
+                # Its own pixels pass through the middle tap; programs of other channels write the same.
+                place = source + row[:, None] * stride_dy + offs_k[None, :]
+                tl.store(place, dy, mask=valid & (tap == KERNEL * KERNEL // 2))
+            else:
+                dy = tl.load(source + row[:, None] * stride_dy + offs_k[None, :], mask=valid, other=0.0)
+            place = (offs_k[:, None] * (KERNEL * KERNEL) + tap) * row_length + inner
+            weight = tl.load(weights + place, mask=mask_k[:, None] & held, other=0.0)  # [BLOCK_K, BLOCK_N]
+            part = tl.dot(dy, weight, part, input_precision=PRECISION)
+    if HAS_MASK:
+        dropped = mask_ptr + tl.load(readers_ptr + reader * 4 + 3) + image[:, None] * stride_mask + column[None, :]
+        part *= tl.load(dropped, mask=mask_p[:, None] & seen[None, :], other=0.0).to(tl.float32)
+    return part
 
 
 @triton.jit(do_not_specialize=["first_reader", "last_reader"])
 def data_gradient_kernel(
-    dy_ptr, weight_ptr, readers_ptr, mask_ptr, upstream_ptr, raw_ptr, scale_ptr, shift_ptr, mean_ptr, var_ptr,
-    g_ptr, tile_g_ptr, tile_gx_ptr,
+    dy_ptr, weight_ptr, readers_ptr, mask_ptr, upstream_ptr, raw_ptr, norm_ptr,
+    fresh_ptr, fresh_raw_ptr, coefficient_ptr, fresh_up_ptr, passed_ptr,
+    g_ptr, tile_g_ptr, tile_gx_ptr, counter_ptr,
     first_reader, last_reader, target, P, H, W, OUT_H, OUT_W, eps,
-    stride_dy, step_dy, stride_mask, stride_upstream, stride_raw, stride_g,
+    stride_dy, step_dy, stride_mask, stride_upstream, stride_raw, stride_norm,
+    stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed, stride_g,
     C: tl.constexpr, ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, RANGE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_UPSTREAM: tl.constexpr, NORM: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, BATCH: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of buffer channels [target, target + C).
@@ -29,54 +116,34 @@ def data_gradient_kernel(
     i·step_dy elements on. WINDOWS: a reader's conv is dense over its own window; otherwise conv groups of GROUP_IN to
     GROUP_OUT channels, of which RANGE outputs, from the tile's first group on, cover the tile.
     """
-    pid_p, pid_n = tl.program_id(0), tl.program_id(1)
-    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    pid_n = tl.program_id(1)
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     if WIDE:
         offs_p = offs_p.to(tl.int64)
     mask_p = offs_p < P
-    image = offs_p // (H * W)
-    at_h, at_w = (offs_p // W) % H, offs_p % W
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    if FRESH:
+        acc += gathered(
+            first_reader, dy_ptr, weight_ptr, readers_ptr, mask_ptr,
+            fresh_ptr, fresh_raw_ptr, coefficient_ptr, fresh_up_ptr, passed_ptr,
+            target, P, H, W, OUT_H, OUT_W, stride_dy, step_dy, stride_mask,
+            stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed,
+            offs_p, mask_p, offs_n, mask_n, pid_n, ROWS, GROUP_IN, GROUP_OUT, RANGE, KERNEL, STRIDE, WINDOWS, HAS_MASK,
+            True, FRESH_UP, PASSED, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        first_reader += 1
     for reader in range(first_reader, last_reader):
-        start = tl.load(readers_ptr + reader * 4)
-        width = tl.load(readers_ptr + reader * 4 + 1)
-        weights = weight_ptr + tl.load(readers_ptr + reader * 4 + 2)
-        source = dy_ptr + tl.cast(reader, tl.int64) * step_dy
-        column = target + offs_n - start  # of the tile's channels in the reader's window
-        seen = mask_n & (column >= 0) & (column < width)
-        part = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
-        for tap in range(KERNEL * KERNEL):
-            up_h = at_h + KERNEL // 2 - tap // KERNEL
-            up_w = at_w + KERNEL // 2 - tap % KERNEL
-            out_h, out_w = up_h // STRIDE, up_w // STRIDE
-            inside = mask_p & (up_h >= 0) & (up_w >= 0) & (out_h < OUT_H) & (out_w < OUT_W)
-            if STRIDE > 1:
-                inside = inside & (up_h % STRIDE == 0) & (up_w % STRIDE == 0)
-            rows = source + ((image * OUT_H + out_h) * OUT_W + out_w) * stride_dy
-            for k0 in range(0, RANGE, BLOCK_K):
-                offs_k = k0 + tl.arange(0, BLOCK_K)
-                if WINDOWS:
-                    inner = column[None, :] + tl.zeros((BLOCK_K, 1), dtype=tl.int64)
-                    row_length = width
-                    held = seen[None, :]
-                else:
-                    lowest = pid_n * BLOCK_N + target - start
-                    offs_k += (lowest // GROUP_IN) * GROUP_OUT
-                    inner = column[None, :] - (offs_k // GROUP_OUT)[:, None] * GROUP_IN
-                    row_length = GROUP_IN
-                    held = seen[None, :] & (inner >= 0) & (inner < GROUP_IN)
-                mask_k = (k0 + tl.arange(0, BLOCK_K) < RANGE) & (offs_k < ROWS)
-                dy = tl.load(rows[:, None] + offs_k[None, :], mask=inside[:, None] & mask_k[None, :], other=0.0)
-                place = (offs_k[:, None] * (KERNEL * KERNEL) + tap) * row_length + inner
-                weight = tl.load(weights + place, mask=mask_k[:, None] & held, other=0.0)  # [BLOCK_K, BLOCK_N]
-                part = tl.dot(dy, weight, part, input_precision=PRECISION)
-        if HAS_MASK:
-            dropped = mask_ptr + tl.load(readers_ptr + reader * 4 + 3) + image[:, None] * stride_mask + column[None, :]
-            part *= tl.load(dropped, mask=mask_p[:, None] & seen[None, :], other=0.0).to(tl.float32)
-        acc += part
+        acc += gathered(
+            reader, dy_ptr, weight_ptr, readers_ptr, mask_ptr,
+            fresh_ptr, fresh_raw_ptr, coefficient_ptr, fresh_up_ptr, passed_ptr,
+            target, P, H, W, OUT_H, OUT_W, stride_dy, step_dy, stride_mask,
+            stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed,
+            offs_p, mask_p, offs_n, mask_n, pid_n, ROWS, GROUP_IN, GROUP_OUT, RANGE, KERNEL, STRIDE, WINDOWS, HAS_MASK,
+            False, False, False, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
     valid = mask_p[:, None] & mask_n[None, :]
     if HAS_UPSTREAM:
@@ -84,12 +151,82 @@ def data_gradient_kernel(
         acc += tl.load(upstream, mask=valid, other=0.0).to(tl.float32)
     if NORM:
         raw = tl.load(raw_ptr + offs_p[:, None] * stride_raw + offs_n[None, :], mask=valid, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
-        shift = tl.load(shift_ptr + offs_n, mask=mask_n, other=0.0)
+        scale = tl.load(norm_ptr + 4 * stride_norm + offs_n, mask=mask_n, other=0.0)
+        shift = tl.load(norm_ptr + 5 * stride_norm + offs_n, mask=mask_n, other=0.0)
         acc = tl.where(valid & (raw * scale[None, :] + shift[None, :] > 0), acc, 0.0)
-        mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
-        rstd = 1.0 / tl.sqrt(tl.load(var_ptr + offs_n, mask=mask_n, other=1.0) + eps)
+        tl.store(g_ptr + offs_p[:, None] * stride_g + offs_n[None, :], acc.to(g_ptr.dtype.element_ty), mask=valid)
+        mean = tl.load(norm_ptr + 2 * stride_norm + offs_n, mask=mask_n, other=0.0)
+        rstd = 1.0 / tl.sqrt(tl.load(norm_ptr + 3 * stride_norm + offs_n, mask=mask_n, other=1.0) + eps)
         normal = (raw - mean[None, :]) * rstd[None, :]
-        tl.store(tile_g_ptr + pid_p * C + offs_n, tl.sum(acc, axis=0), mask=mask_n)
-        tl.store(tile_gx_ptr + pid_p * C + offs_n, tl.sum(acc * normal, axis=0), mask=mask_n)
-    tl.store(g_ptr + offs_p[:, None] * stride_g + offs_n[None, :], acc.to(g_ptr.dtype.element_ty), mask=valid)
+        finish_gradients(
+            tl.sum(acc, axis=0), tl.sum(acc * normal, axis=0), tile_g_ptr, tile_gx_ptr, counter_ptr,
+            norm_ptr, stride_norm, C, offs_n, mask_n, P, eps, BATCH, BLOCK_N, FAN,
+        )  # fmt: skip
+    else:
+        tl.store(g_ptr + offs_p[:, None] * stride_g + offs_n[None, :], acc.to(g_ptr.dtype.element_ty), mask=valid)
+
+
+class Fresh(NamedTuple):
+    """A reader's gradient in front of its BN: g and the raw output [P, k], the BN's vectors, what is added to it."""
+
+    g: Tensor
+    raw: Tensor
+    norm: Tensor
+    upstream: Tensor | None = None
+    passed: Tensor | None = None
+
+
+def data_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    readers: Tensor,
+    span: tuple[int, int],
+    target: int,
+    channels: int,
+    out: Tensor,
+    eps: float,
+    *,
+    windows: bool,
+    fresh: Fresh | None = None,
+    mask: Tensor | None = None,
+    upstream: Tensor | None = None,
+    raw: Tensor | None = None,
+    norm: Tensor | None = None,
+    scratch: Scratch | None = None,
+    batch: bool = True,
+) -> None:
+    """out [P_in, channels]: gradient of channels [target, …) from the readers in `span`; dy [readers, P_out, c_out].
+
+    With `norm` (vectors [11, channels]) it goes through that BN's ReLU, and the BN's gradients and coefficients are
+    written; `batch` says that its statistics were the batch's. `fresh` is the first reader's dy, which is then written.
+    """
+    if windows:
+        block_n, reach = channel_tile(channels, channels), shape.c_out
+        group_in = group_out = 1  # not read: one kernel for all widths
+    else:
+        block_n = channel_tile(shape.read, shape.group_in)
+        reach = covered(block_n, shape.group_in, shape.group_out, shape.read, shape.c_out)
+        group_in, group_out = shape.group_in, shape.group_out
+    config = config_for("data_gradient", reach, block_n, out.element_size(), architecture(out.device))
+    new = fresh or Fresh(out, out, out)
+    vectors = out if norm is None else norm
+    run(
+        data_gradient_kernel, (triton.cdiv(shape.in_pixels, config.block_p), triton.cdiv(channels, block_n)),
+        dy, weight, readers, dy if mask is None else mask, dy if upstream is None else upstream,
+        out if raw is None else raw, vectors,
+        new.g, new.raw, new.norm if fresh is None else new.norm[A], dy if new.upstream is None else new.upstream,
+        dy if new.passed is None else new.passed, out, *((out,) * 3 if scratch is None else scratch),
+        span[0], span[1], target, shape.in_pixels, shape.height, shape.width, shape.out_height, shape.out_width, eps,
+        dy.stride(-2), dy.stride(0), row_stride(mask), row_stride(upstream), row_stride(raw), vectors.stride(0),
+        new.g.stride(0), new.raw.stride(0), new.norm.stride(0), row_stride(new.upstream), row_stride(new.passed),
+        out.stride(0),
+        C=channels, ROWS=shape.c_out, GROUP_IN=group_in, GROUP_OUT=group_out, RANGE=reach,
+        KERNEL=shape.kernel, STRIDE=shape.stride, WINDOWS=windows, HAS_MASK=mask is not None,
+        HAS_UPSTREAM=upstream is not None, NORM=norm is not None, FRESH=fresh is not None,
+        FRESH_UP=new.upstream is not None, PASSED=new.passed is not None, BATCH=batch,
+        WIDE=wide(dy, out, *(() if raw is None else (raw,)), *(() if fresh is None else (new.raw,))),
+        PRECISION=precision(out.dtype), FAN=FAN,
+        BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,34 +1,37 @@
-"""Launchers: tensors in, kernel launched. They decide nothing about mathematics; `configs.py` decides the tiles."""
+"""What all launchers share: the shape of a conv, stored features and their BN, scratch memory, the launch itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import channel_tile, config_for
-from seqconv_triton.kernels.convolution import convolution_forward_kernel
-from seqconv_triton.kernels.data_gradient import data_gradient_kernel
-from seqconv_triton.kernels.statistics import (
-    activate_kernel,
-    apply_gradient_kernel,
-    combine_gradients_kernel,
-    combine_statistics_kernel,
-    tile_statistics_kernel,
-)
-from seqconv_triton.kernels.weight_gradient import weight_gradient_kernel
-
-INTERPRETED = not isinstance(convolution_forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU
-ELEMENTWISE_P, ELEMENTWISE_C, TILES_AT_ONCE = 64, 64, 64
+from seqconv_triton.kernels.configs import smallest_tile
 
 
-@dataclass(frozen=True)
-class ConvShape:
+@triton.jit
+def channel_offset(channels, step, BLOCK: tl.constexpr):
+    """Where channels lie in a pixel's row: side by side (BLOCK 0), or in groups of BLOCK that are `step` apart."""
+    if BLOCK == 0:
+        return channels
+    else:
+        return (channels // BLOCK).to(tl.int64) * step + channels % BLOCK
+
+
+INTERPRETED = not isinstance(channel_offset, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU
+FAN = 32  # tiles whose sums the last of them to arrive adds up; then the last of those adds up the rest
+
+# Rows of a BN's vectors; those from D_WEIGHT on exist in backward only.
+WEIGHT, BIAS, MEAN, VAR, SCALE, SHIFT, D_WEIGHT, D_BIAS, A, B, C = range(11)
+FORWARD_ROWS, BACKWARD_ROWS = 6, 11
+
+
+class ConvShape(NamedTuple):
     """A conv on [batch, ·, height, width]: conv groups of group_in → group_out channels over `read` stored channels."""
 
     batch: int
@@ -62,6 +65,40 @@ class ConvShape:
         return self.group_in * (self.c_out // self.group_out)
 
 
+class Features(NamedTuple):
+    """Stored features and how a reader activates them: relu(scale·v + shift), but for the first `identity`.
+
+    `rows` [P, …] is channels-last; with `block`, [groups, P, block] is group-blocked. scale and shift are float32.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    shift: Tensor
+    identity: int = 0
+    block: int = 0
+
+    @property
+    def step(self) -> int:
+        """Elements from one group of channels to the next; 0 where they lie side by side."""
+        return self.rows.stride(0) if self.block else 0
+
+
+class Scratch(NamedTuple):
+    """Room for two sums of every tile of pixels and of every FAN tiles, and counters of who has arrived (zero)."""
+
+    first: Tensor
+    second: Tensor
+    counters: Tensor
+
+    @classmethod
+    def allocate(cls, like: Tensor, pixels: int, channels: int) -> Scratch:
+        tiles = -(-pixels // smallest_tile())
+        chunks = -(-tiles // FAN)
+        sums = like.new_empty((2, tiles + chunks, channels), dtype=torch.float32)
+        counters = like.new_zeros((chunks + 1) * max(1, -(-channels // 16)), dtype=torch.int32)
+        return cls(sums[0], sums[1], counters)
+
+
 _listener: Callable[..., None] | None = None
 
 
@@ -77,37 +114,17 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
 def listen(listener: Callable[..., None]) -> Iterator[None]:
     """Inside, nothing is launched: `listener(kernel, arguments, constants)` hears of every launch instead."""
     global _listener
-    _listener = listener
+    outer, _listener = _listener, listener
     try:
         yield
     finally:
-        _listener = None
-
-
-class Features(NamedTuple):
-    """Stored features [P, …] and how a reader activates them: relu(scale·v + shift), but for the first `identity`."""
-
-    rows: Tensor
-    scale: Tensor
-    shift: Tensor
-    identity: int = 0
-
-
-class Norm(NamedTuple):
-    """One BN's vectors, float32: affine, statistics, and both folded."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    scale: Tensor
-    shift: Tensor
+        _listener = outer
 
 
 def precision(dtype: torch.dtype) -> str:
     """TF32 only where torch's own switches allow it."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def wide(*tensors: Tensor) -> bool:
@@ -122,184 +139,5 @@ def covered(tile: int, group: int, other: int, channels: int, total: int) -> int
     return max(1, tile // group) * other
 
 
-def convolution(
-    source: Features,
-    start: int,
-    weight: Tensor,
-    shape: ConvShape,
-    out: Tensor,
-    *,
-    mask: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    statistics: tuple[Tensor, Tensor] | None = None,
-) -> int:
-    """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; returns the pixels of a statistics tile."""
-    block_n = channel_tile(shape.c_out, shape.group_out)
-    reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("convolution", reach, block_n, out.element_size())
-    mean, m2 = statistics or (source.scale, source.scale)
-    run(
-        convolution_forward_kernel, (triton.cdiv(shape.out_pixels, config.block_p), triton.cdiv(shape.c_out, block_n)),
-        source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
-        source.rows if shortcut is None else shortcut, out, mean, m2,
-        start, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
-        source.rows.stride(0), 0 if mask is None else mask.stride(0),
-        0 if shortcut is None else shortcut.stride(0), out.stride(0),
-        C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
-        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity,
-        ACTIVATE=True, HAS_MASK=mask is not None, HAS_SHORTCUT=shortcut is not None,
-        STATISTICS=statistics is not None, WIDE=wide(source.rows, out), PRECISION=precision(out.dtype),
-        BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return config.block_p
-
-
-def tile_statistics(x: Tensor, statistics: tuple[Tensor, Tensor]) -> int:
-    """Tile statistics of x [P, C]; returns the pixels of a tile."""
-    pixels, channels = x.shape
-    run(
-        tile_statistics_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
-        x, *statistics, pixels, channels, x.stride(0),
-        WIDE=wide(x), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
-    )  # fmt: skip
-    return ELEMENTWISE_P
-
-
-def combine_statistics(statistics: tuple[Tensor, Tensor], norm: Norm, pixels: int, tile: int, eps: float) -> None:
-    """Fill norm.mean, var, scale and shift."""
-    channels = norm.mean.shape[0]
-    run(
-        combine_statistics_kernel, (triton.cdiv(channels, 16),),
-        *statistics, norm.weight, norm.bias, norm.mean, norm.var, norm.scale, norm.shift,
-        pixels, channels, triton.cdiv(pixels, tile), eps,
-        TILE=tile, BLOCK_T=TILES_AT_ONCE, BLOCK_C=16,
-    )  # fmt: skip
-
-
-def data_gradient(
-    dy: Tensor,
-    step: int,
-    weight: Tensor,
-    shape: ConvShape,
-    readers: Tensor,
-    span: tuple[int, int],
-    target: int,
-    channels: int,
-    windows: bool,
-    out: Tensor,
-    eps: float,
-    *,
-    mask: Tensor | None = None,
-    upstream: Tensor | None = None,
-    norm: Norm | None = None,
-    raw: Tensor | None = None,
-    sums: tuple[Tensor, Tensor] | None = None,
-) -> int:
-    """out [P_in, channels]: gradient of channels [target, …), through its norm's ReLU if given; returns the tile."""
-    if windows:
-        block_n, reach = channel_tile(channels, channels), shape.c_out
-    else:
-        block_n = channel_tile(shape.read, shape.group_in)
-        reach = covered(block_n, shape.group_in, shape.group_out, shape.read, shape.c_out)
-    config = config_for("data_gradient", reach, block_n, out.element_size())
-    tile_g, tile_gx = sums or (out, out)
-    vectors = (out,) * 4 if norm is None else (norm.scale, norm.shift, norm.mean, norm.var)
-    run(
-        data_gradient_kernel, (triton.cdiv(shape.in_pixels, config.block_p), triton.cdiv(channels, block_n)),
-        dy, weight, readers, dy if mask is None else mask, dy if upstream is None else upstream,
-        out if raw is None else raw, *vectors, out, tile_g, tile_gx,
-        span[0], span[1], target, shape.in_pixels, shape.height, shape.width, shape.out_height, shape.out_width, eps,
-        dy.stride(-2), step, 0 if mask is None else mask.stride(0), 0 if upstream is None else upstream.stride(0),
-        0 if raw is None else raw.stride(0), out.stride(0),
-        C=channels, ROWS=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, RANGE=reach,
-        KERNEL=shape.kernel, STRIDE=shape.stride, WINDOWS=windows, HAS_MASK=mask is not None,
-        HAS_UPSTREAM=upstream is not None, NORM=norm is not None,
-        WIDE=wide(dy, out, *(() if raw is None else (raw,))), PRECISION=precision(out.dtype),
-        BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return config.block_p
-
-
-def combine_gradients(
-    sums: tuple[Tensor, Tensor], norm: Norm, d_weight: Tensor, d_bias: Tensor, coefficients: Tensor,
-    pixels: int, tile: int, batch: bool, eps: float,
-) -> None:  # fmt: skip
-    """Fill d_weight, d_bias and the coefficients [3, C] of BN's backward."""
-    channels = norm.mean.shape[0]
-    run(
-        combine_gradients_kernel, (triton.cdiv(channels, 16),),
-        *sums, norm.weight, norm.mean, norm.var, d_weight, d_bias, coefficients,
-        pixels, channels, triton.cdiv(pixels, tile), eps,
-        BATCH=batch, BLOCK_T=TILES_AT_ONCE, BLOCK_C=16,
-    )  # fmt: skip
-
-
-def apply_gradient(
-    g: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    out: Tensor,
-    upstream: Tensor | None = None,
-    passed: Tensor | None = None,
-) -> None:
-    """out = a·g + b·x + c [+ upstream] [+ passed], all [P, C]."""
-    pixels, channels = g.shape
-    run(
-        apply_gradient_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
-        g, x, coefficients, g if upstream is None else upstream, g if passed is None else passed, out,
-        pixels, channels, g.stride(0), x.stride(0), 0 if upstream is None else upstream.stride(0),
-        0 if passed is None else passed.stride(0), out.stride(0),
-        HAS_UPSTREAM=upstream is not None, HAS_PASSED=passed is not None, WIDE=wide(g, x, out),
-        BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
-    )  # fmt: skip
-
-
-def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """out = relu(scale·x + shift), [P, C]."""
-    pixels, channels = x.shape
-    run(
-        activate_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
-        x, scale, shift, out, pixels, channels, x.stride(0), out.stride(0),
-        WIDE=wide(x, out), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
-    )  # fmt: skip
-
-
-def weight_gradient(
-    dy: Tensor,
-    step_dy: int,
-    source: Features,
-    step_x: int,
-    step_scale: int,
-    shape: ConvShape,
-    groups: Tensor,
-    widest: int,
-    windows: bool,
-    size: int,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The flat float32 gradient [size] of all groups' weights; `shape` is that of the widest group."""
-    block_m = channel_tile(shape.c_out, shape.group_out, 64)
-    reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("weight_gradient", reach, block_m, dy.element_size())
-    block_n = config.block_k
-    tiles_n = triton.cdiv(reach, block_n)
-    programs = triton.cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
-    count = groups.shape[0]
-    # Enough programs to fill a large GPU, but partial sums of no more than a few times the weights.
-    splits = max(1, min(16, 1024 // (programs * count), triton.cdiv(shape.out_pixels, 4 * config.block_p)))
-    share = triton.cdiv(triton.cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
-    partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
-    run(
-        weight_gradient_kernel, (programs, count, splits),
-        dy, source.rows, source.scale, source.shift, source.rows if mask is None else mask, groups, partial,
-        shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width, share, size,
-        dy.stride(-2), step_dy, source.rows.stride(-2), step_x, step_scale, 0 if mask is None else mask.stride(0),
-        ROWS=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read,
-        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity, TILES_N=tiles_n,
-        WINDOWS=windows, ACTIVATE=True, HAS_MASK=mask is not None, WIDE=wide(dy, source.rows),
-        PRECISION=precision(dy.dtype), BLOCK_P=config.block_p, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return partial.sum(0)
+def row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(-2)

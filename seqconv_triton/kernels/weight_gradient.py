@@ -6,20 +6,34 @@ afterwards, so that two runs give the same bits.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
 from seqconv_triton.kernels.convolution import activate
+from seqconv_triton.kernels.launch import (
+    ConvShape,
+    Features,
+    channel_offset,
+    covered,
+    precision,
+    row_stride,
+    run,
+    wide,
+)
 
 
 @triton.jit
 def weight_gradient_kernel(
     dy_ptr, x_ptr, scale_ptr, shift_ptr, mask_ptr, groups_ptr, partial_ptr,
     P, H, W, OUT_H, OUT_W, share, size,
-    stride_dy, step_dy, stride_x, step_x, step_scale, stride_mask,
+    stride_dy, step_dy, stride_x, step_x, step_block, step_scale, stride_mask,
     ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr, TILES_N: tl.constexpr,
-    WINDOWS: tl.constexpr, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of outputs × tap × tile of inputs, group, split) writes partial[split, weight offset + …].
@@ -56,15 +70,16 @@ def weight_gradient_kernel(
         dy = dy_ptr + offs_p[:, None] * stride_dy + offs_m[None, :]
         dy = tl.load(dy, mask=mask_p[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_P, BLOCK_M]
         valid = inside[:, None] & mask_n[None, :]
-        x = x_ptr + ((image * H + in_h) * W + in_w)[:, None] * stride_x + channels[None, :]
-        x = tl.load(x, mask=valid, other=0.0)  # [BLOCK_P, BLOCK_N]
-        if ACTIVATE:
-            x = activate(x.to(tl.float32), scale_ptr + own, shift_ptr + own, channels, mask_n, IDENTITY)
-            x = tl.where(valid, x, 0.0)
+        x = x_ptr + ((image * H + in_h) * W + in_w)[:, None] * stride_x
+        x = tl.load(
+            x + channel_offset(channels, step_block, BLOCK)[None, :], mask=valid, other=0.0
+        )  # [BLOCK_P, BLOCK_N]
+        x = activate(x.to(tl.float32), scale_ptr + own, shift_ptr + own, channels, mask_n, IDENTITY)
+        x = tl.where(valid, x, 0.0)
         if HAS_MASK:
             dropped = mask_ptr + tl.load(groups_ptr + group * 4 + 3)
             dropped += image[:, None] * stride_mask + offs_n[None, :] % READ
-            x = x.to(tl.float32) * tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
+            x *= tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
         acc = tl.dot(tl.trans(dy), x.to(dy.dtype), acc, input_precision=PRECISION)
 
     if WINDOWS:
@@ -78,3 +93,46 @@ def weight_gradient_kernel(
     offset = tl.load(groups_ptr + group * 4 + 2)
     place = offset + (offs_m[:, None] * (KERNEL * KERNEL) + tap) * row_length + inner
     tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=mask_m[:, None] & held)
+
+
+def weight_gradient(
+    dy: Tensor,
+    source: Features,
+    shape: ConvShape,
+    groups: Tensor,
+    widest: int,
+    windows: bool,
+    size: int,
+    *,
+    own_source: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The flat float32 gradient [size] of all groups' weights; `shape` is that of the widest group.
+
+    dy [groups, P, c_out]. With `own_source` group i reads source.rows[i], [groups, P, c], with its own part of scale
+    and shift; otherwise all read from the same rows, where the row of `groups` says.
+    """
+    block_m = channel_tile(shape.c_out, shape.group_out, 64)
+    reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
+    config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device))
+    block_n = config.block_k
+    tiles_n = triton.cdiv(reach, block_n)
+    programs = triton.cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
+    count = groups.shape[0]
+    # Enough programs to fill a large GPU, but partial sums of no more than a few times the weights.
+    splits = max(1, min(16, 1024 // (programs * count), triton.cdiv(shape.out_pixels, 4 * config.block_p)))
+    share = triton.cdiv(triton.cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
+    partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
+    step_x, step_scale = (source.rows.stride(0), source.rows.shape[-1]) if own_source else (0, 0)
+    run(
+        weight_gradient_kernel, (programs, count, splits),
+        dy, source.rows, source.scale, source.shift, source.rows if mask is None else mask, groups, partial,
+        shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width, share, size,
+        dy.stride(-2), dy.stride(0), source.rows.stride(-2), step_x, source.step, step_scale, row_stride(mask),
+        ROWS=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read,
+        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity, TILES_N=tiles_n,
+        WINDOWS=windows, HAS_MASK=mask is not None, BLOCK=source.block, WIDE=wide(dy, source.rows),
+        PRECISION=precision(dy.dtype), BLOCK_P=config.block_p, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partial.sum(0)
