@@ -6,6 +6,7 @@ bfloat16 is left to real GPUs: its matrix products are wrong in the interpreter.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers import Run, error, everything, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.models.imagenet import ImageNetNetwork, StageRow
 from seqconv_triton.plan import Plan, Tail
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -20,15 +22,29 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 # id: in_channels, out_channels, group_width, options, image [N, H, W]
 LAYERS = {
     "basic": (12, 12, 4, {}, (2, 5, 3)),
-    "bottleneck": (12, 12, 4, {"bottleneck": True}, (2, 5, 3)),
+    "basic-k8-dropout": (16, 24, 8, {"dropout": 0.3}, (1, 2, 14)),
+    "basic-k24": (24, 48, 24, {}, (3, 7, 1)),
+    "basic-dense-dropout": (8, 24, 8, {"windowed": False, "dropout": 0.2}, (3, 5, 2)),
+    "basic-dense-k16": (5, 48, 16, {"windowed": False}, (1, 7, 7)),
     "window-cuts-a-group": (10, 24, 4, {"bottleneck": True, "subgroups": 2, "dropout": 0.3}, (3, 2, 5)),
-    "subgroups-k": (8, 16, 8, {"bottleneck": True, "subgroups": 8}, (1, 7, 5)),
-    "k24-subgroups-not-a-power-of-two": (24, 24, 24, {"bottleneck": True, "subgroups": 2}, (1, 2, 2)),
+    "window-narrower-than-a-group": (3, 16, 8, {"bottleneck": True}, (1, 5, 5)),
+    "k8": (16, 24, 8, {"bottleneck": True}, (3, 7, 5)),
+    "k8-s2": (24, 24, 8, {"bottleneck": True, "subgroups": 2}, (1, 14, 2)),
+    "k8-s8": (8, 16, 8, {"bottleneck": True, "subgroups": 8}, (1, 7, 5)),
+    "k16-s8-dropout": (40, 32, 16, {"bottleneck": True, "subgroups": 8, "dropout": 0.2}, (3, 2, 2)),
+    "k16-s16": (32, 32, 16, {"bottleneck": True, "subgroups": 16}, (1, 5, 5)),
+    "k24-s2-no-power-of-two": (24, 24, 24, {"bottleneck": True, "subgroups": 2}, (1, 2, 2)),
+    "k24-s8": (48, 48, 24, {"bottleneck": True, "subgroups": 8}, (1, 5, 7)),
+    "k32-s8": (32, 64, 32, {"bottleneck": True, "subgroups": 8}, (1, 5, 2)),
+    "k32-s32": (32, 32, 32, {"bottleneck": True, "subgroups": 32}, (3, 2, 5)),
     "k48": (48, 48, 48, {"bottleneck": True}, (1, 1, 7)),
+    "k48-s2": (48, 48, 48, {"bottleneck": True, "subgroups": 2}, (1, 2, 7)),
     "k128": (128, 128, 128, {"bottleneck": True}, (3, 1, 1)),
+    "k128-s8": (128, 128, 128, {"bottleneck": True, "subgroups": 8}, (1, 1, 5)),
     "dense-bottleneck": (7, 24, 4, {"windowed": False, "bottleneck": True}, (2, 5, 3)),
-    "dense-basic-dropout": (8, 24, 8, {"windowed": False, "dropout": 0.2}, (3, 4, 3)),
+    "dense-k16-s2": (16, 48, 16, {"windowed": False, "bottleneck": True, "subgroups": 2}, (1, 7, 2)),
     "more-pixels-than-a-tile": (8, 8, 8, {"bottleneck": True}, (3, 7, 14)),
+    "14x14": (16, 16, 8, {"bottleneck": True}, (1, 14, 14)),
 }
 STAGES = {
     "extension": (Plan.stage(12, 4, 1, extension=12, tail=Tail(24, 3, 2, 6)), 0.0),
@@ -72,6 +88,39 @@ def test_stage_follows_float64(case: str, training: bool) -> None:
     assert_follows_float64(stage, torch.randn(2, plan.in_channels, 5, 3), stage_features, 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["channels-last", "every-second-channel", "transposed"])
+def test_any_layout_of_input_and_shortcut(layout: str) -> None:
+    layer = randomise(sct.SeqConv2d(8, 16, 8, bottleneck=True))
+
+    def run(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        shortcut = torch.cat([x, -x], 1)
+        if layout == "channels-last":
+            x, shortcut = (t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut))
+        elif layout == "every-second-channel":
+            x, shortcut = (t.repeat_interleave(2, 1)[:, ::2] for t in (x, shortcut))
+        else:
+            x, shortcut = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (x, shortcut))
+        return module.forward_raw(x, shortcut)
+
+    assert_follows_float64(layer, torch.randn(3, 8, 5, 2), run, 1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["norm", "reduce_norm", "reduce_weight", "transform_weight", "tail_weight", "all"])
+def test_frozen_parameters(frozen: str) -> None:
+    """What is frozen gets no gradient; every other gradient stays right, that of the input with it."""
+    stage = randomise(sct.Stage(STAGES["extension"][0]))
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(not (frozen == "all" or name.split(".")[0] == frozen))
+    assert_follows_float64(stage, torch.randn(2, 12, 5, 3), stage_features, 1e-5)
+
+
+def test_layer_without_a_gradient_of_its_input() -> None:
+    """Nothing pulls the first group's gradient through to the input, but its weights need it."""
+    for bottleneck in (True, False):
+        layer = randomise(sct.SeqConv2d(8, 12, 4, bottleneck=bottleneck))
+        assert_follows_float64(layer, torch.randn(2, 8, 5, 3), lambda m, x: [m(x.detach()) + 0 * x.sum()], 1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_half_precision(training: bool) -> None:
     """float16 features; the gradients' bound is what the reference itself loses in float16.
@@ -94,9 +143,42 @@ def test_half_precision(training: bool) -> None:
         assert error(got[name], value) <= 2 * error(rounded[name], value) + 2e-3, name
 
 
-def test_networks_follow_float64() -> None:
-    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True, dropout=0.0), layer_b=0.1)
-    assert_follows_float64(model, torch.randn(2, 3, 6, 5), lambda m, t: [m(t)], 1e-4)
+class TinyImageNetNetwork(ImageNetNetwork):
+    rows = (StageRow(16, 8, 1, 1), StageRow(32, 16, 1, 1))
+
+
+class TinyNeXt(ImageNetNetwork):
+    rows = (StageRow(16, 8, 4, 1), StageRow(32, 16, 8, 1))
+
+
+NETWORKS = {
+    "cifar-basic": (partial(sct.CifarSeqResNet, 8, 1, dropout=0.0), 6),
+    "cifar-bottleneck": (partial(sct.CifarSeqResNet, 16, 1, bottleneck=True, dropout=0.0), 6),
+    "cifar-dense": (partial(sct.CifarSeqResNet, 16, 1, windowed=False, bottleneck=True, dropout=0.0), 5),
+    "imagenet": (TinyImageNetNetwork, 24),
+    "imagenet-next": (TinyNeXt, 24),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", NETWORKS)
+def test_networks_follow_float64(case: str, training: bool) -> None:
+    """Layers B at a tenth of full scale. Depth amplifies float32 rounding: the reference's own is the yardstick."""
+    build, size = NETWORKS[case]
+    model = randomise(build(num_classes=10), layer_b=0.1).train(training)
+    x = torch.randn(2, 3, size, size - 1)
+    with sct.use_backend("reference"):
+        exact = everything(copy.deepcopy(model).double(), x.double(), lambda m, t: [m(t)])
+        rounded = everything(model, x, lambda m, t: [m(t)])
+    with sct.use_backend("triton"):
+        got = everything(model, x, lambda m, t: [m(t)])
+    assert error(got["output 0"], exact["output 0"]) < 1e-5
+    wrong = {
+        name: error(got[name], value)
+        for name, value in exact.items()
+        if not error(got[name], value) <= 1e-5 + 3 * error(rounded[name], value)
+    }
+    assert not wrong, wrong
 
 
 def test_statistics_keep_digits_far_from_zero() -> None:

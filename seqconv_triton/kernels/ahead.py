@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ def launches(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, 
         assert isinstance(stage, PackedSeqConv)
         x = inputs[0].to(dtype)
         for training in (True, False):
-            _run_stage(stage, x, training)
+            for run_pass in stage_passes(stage, x, training):
+                run_pass()
 
     hooks = [m.register_forward_hook(run) for m in model.modules() if isinstance(m, PackedSeqConv)]
     try:
@@ -123,7 +124,7 @@ def launches(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, 
     return list(found)
 
 
-def _run_stage(stage: PackedSeqConv, x: Tensor, training: bool) -> None:
+def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callable[[], None]]:
     """Forward, and in training backward, of one stage on meta tensors, straight through the backend."""
     plan = stage.plan
     parameters, _ = stage.train().parameters_and_statistics()
@@ -141,18 +142,21 @@ def _run_stage(stage: PackedSeqConv, x: Tensor, training: bool) -> None:
     vector = x.new_empty(plan.normalized_channels, dtype=torch.float32)
     inner = x.new_empty(groups * k, dtype=torch.float32) if plan.bottleneck else None
     statistics = Statistics(vector, torch.empty_like(vector), inner, None if inner is None else torch.empty_like(inner))
-    backend.stage_forward(
-        x, None, parameters, statistics, training, None, plan, stage.eps, out, buffer, z
-    )  # fmt: skip
-    if not training:
-        return
-    assert buffer is not None
+
+    def forward() -> None:
+        backend.stage_forward(x, None, parameters, statistics, training, None, plan, stage.eps, out, buffer, z)
+
+    if buffer is None:
+        return [forward]
     wanted = WantedGradients(*(None if p is None else torch.empty_like(p) for p in parameters))  # type: ignore[arg-type]
-    gradient = empty_channels_last(x, plan.in_channels, height, width)
-    backend.stage_backward(
-        torch.empty_like(out), None, buffer, z, parameters, statistics, True, None, plan, stage.eps,
-        StageGradients(gradient, None, wanted),
-    )  # fmt: skip
+    gradients = StageGradients(empty_channels_last(x, plan.in_channels, height, width), None, wanted)
+
+    def backward() -> None:
+        backend.stage_backward(
+            torch.empty_like(out), None, buffer, z, parameters, statistics, True, None, plan, stage.eps, gradients
+        )  # fmt: skip
+
+    return [forward, backward]
 
 
 def compile_launch(item: Launch, architecture: str) -> Compiled:

@@ -1,0 +1,124 @@
+"""What the Triton backend launches and holds, counted on meta tensors: nothing runs, no GPU is needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+import seqconv_triton as sct
+from seqconv_triton.kernels import launch
+from seqconv_triton.kernels.ahead import stage_passes
+from seqconv_triton.layers import Stage
+from seqconv_triton.plan import Plan, Tail
+
+
+class Memory(TorchDispatchMode):
+    """Counts ops other than views, and follows the bytes of every storage that is born inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.ops[str(func)] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given:
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def counted(plan: Plan, training: bool, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Counter[str], Memory]]:
+    """Launches by kernel, and memory, of the forward and (in training) the backward pass of a stage."""
+    stage = Stage(plan, device="meta")
+    x = torch.empty(4, plan.in_channels, 14, 14, device="meta", dtype=dtype)
+    results = []
+    for run in stage_passes(stage, x, training):
+        names: Counter[str] = Counter()
+
+        def note(kernel: Any, arguments: Any, constants: Any, names: Counter[str] = names) -> None:
+            names[kernel.__name__] += 1
+
+        with launch.listen(note), Memory() as memory:
+            run()
+        results.append((names, memory))
+    return results
+
+
+def plan_of(kind: str, blocks: int) -> Plan:
+    tail = Tail(64, 3, 2, 4)
+    if kind == "basic":
+        return Plan.stage(32, 16, blocks, bottleneck=False, extension=32, tail=tail)
+    return Plan.stage(32, 16, blocks, subgroups=4 if kind == "subgroups" else 1, extension=32, tail=tail)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "subgroups", "basic"])
+def test_two_launches_a_group_and_a_constant(kind: str) -> None:
+    """Two a group (one in basic layers) forward and backward; PyTorch's own ops do not grow with the depth at all."""
+    per_group = 1 if kind == "basic" else 2
+    for training in (True, False):
+        one, three = (counted(plan_of(kind, blocks), training) for blocks in (1, 3))
+        more = len(plan_of(kind, 3).groups) - len(plan_of(kind, 1).groups)
+        for (few, few_memory), (many, many_memory) in zip(one, three, strict=True):
+            assert many.total() - few.total() == per_group * more
+            assert few_memory.ops == many_memory.ops
+        groups = len(plan_of(kind, 1).groups)
+        forward = one[0][0]
+        assert forward.total() == per_group * groups + (2 if training else 1)  # tail, statistics of the input
+        if training:
+            backward = one[1][0]
+            # The tail's two gradients, the input's pull and BN, and one weight gradient for each kind of conv.
+            assert backward.total() == per_group * groups + 4 + per_group
+            assert backward["weight_gradient_kernel"] == 1 + per_group
+
+
+@pytest.mark.parametrize("name", ["seqresnet_b42", "seqresnext_24"])
+def test_temporary_memory_of_backward(name: str) -> None:
+    """At most dy and dz of all groups, two groups' g, the tail's gradient, the weights' partial sums, the vectors."""
+    for stage in sct.create_model(name, device="meta").stages:
+        plan, pixels = stage.plan, 4 * 14 * 14
+        _, (_, memory) = counted(plan, training=True)
+        groups, k = len(plan.groups), plan.group_width
+        features = (2 * groups + 2) * k * pixels * 2 + plan.read_channels * pixels * 2
+        weights = 16 * 4 * (groups * k * plan.in_channels) + 4 * sum(p.numel() * 2 for p in stage.parameters())
+        sums = 2 * 4 * plan.in_channels * (pixels // 64 + 2) + 11 * 4 * 2 * (plan.total_channels + groups * k)
+        assert features < memory.peak <= features + weights + sums
+
+
+def test_kept_for_backward_in_bfloat16() -> None:
+    """B42 keeps half of what it keeps in float32: 33 MiB an image of 224 × 224."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, int] = {}
+    with FakeTensorMode(), sct.use_backend("triton"):
+        model = sct.SeqResNetB42(dtype=torch.bfloat16)
+        x = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers(), x)}
+        held = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            held.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x)
+    assert 30 * 2**20 < sum(kept.values()) < 34 * 2**20
