@@ -23,6 +23,7 @@ from seqconv_triton.backend import StageGradients, Statistics, WantedGradients
 from seqconv_triton.backend import triton as backend
 from seqconv_triton.backend.packing import empty_channels_last
 from seqconv_triton.kernels import launch
+from seqconv_triton.kernels.configs import assume
 from seqconv_triton.layers import PackedSeqConv
 
 TARGETS = {
@@ -100,7 +101,9 @@ def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
     )  # fmt: skip
 
 
-def launches(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, in_chans: int = 3) -> list[Launch]:
+def launches(
+    model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, architecture: str, in_chans: int = 3
+) -> list[Launch]:
     """The distinct launches of a training step and an evaluation of `model`, which is on the meta device."""
     found: dict[Launch, None] = {}
 
@@ -116,7 +119,7 @@ def launches(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, 
 
     hooks = [m.register_forward_hook(run) for m in model.modules() if isinstance(m, PackedSeqConv)]
     try:
-        with launch.listen(note), torch.no_grad():
+        with launch.listen(note), assume(architecture), torch.no_grad():
             model.train()(torch.empty(batch, in_chans, image_size, image_size, device="meta"))
     finally:
         for hook in hooks:

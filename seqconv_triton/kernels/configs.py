@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-KERNELS = ("convolution", "data_gradient", "weight_gradient")
+# Kernel families, and the architectures where a third stage of loads in flight spills registers.
+TWO_STAGES = {
+    "convolution": ("gfx", "sm_8"),
+    "data_gradient": ("gfx",),
+    "weight_gradient": ("gfx", "sm_10", "sm_12"),
+}
 
 
 class LaunchConfig(NamedTuple):
@@ -33,8 +38,8 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
     Output channels keep the tile that the conv groups ask for. Raises ValueError for an unknown family, and for tiles
     that are no powers of two from 16 on.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r} (kernels: {', '.join(KERNELS)})")
+    if kernel not in TWO_STAGES:
+        raise ValueError(f"unknown kernel {kernel!r} (kernels: {', '.join(TWO_STAGES)})")
     for name, size in (("block_p", block_p), ("block_k", block_k)):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name} ({size}) must be a power of two from 16 on")
@@ -68,34 +73,54 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-@lru_cache(maxsize=16)
+_assumed = "sm_90"
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Inside, what is on no GPU is configured as for this architecture, so that it can be compiled ahead of time."""
+    global _assumed
+    outer, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = outer
+
+
 def architecture(device: torch.device) -> str:
-    """ "sm_90" and the like, "gfx942" and the like; "sm_90" for what is no GPU."""
-    if device.type != "cuda":
-        return "sm_90"
+    """Of a device: sm_90, gfx942 and the like."""
+    return _architecture(device) if device.type == "cuda" else _assumed
+
+
+@lru_cache(maxsize=16)
+def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
-def config_for(kernel: str, reduction: int, block_n: int, element_size: int, arch: str = "sm_90") -> LaunchConfig:
-    """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element, architecture).
+def config_for(
+    kernel: str, reduction: int, block_n: int, element_size: int, arch: str = "sm_90", taps: int = 1
+) -> LaunchConfig:
+    """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element, GPU, taps).
 
     Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
     """
     if kernel in _pinned:
         return _pinned[kernel]._replace(block_n=block_n)
-    return _heuristic(kernel, reduction, block_n, element_size, arch)
+    return _heuristic(kernel, reduction, block_n, element_size, arch, taps)
 
 
 @lru_cache(maxsize=1024)
-def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arch: str) -> LaunchConfig:
-    stages = 2 if arch.startswith("gfx") else 3
+def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arch: str, taps: int) -> LaunchConfig:
+    stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
     block_k = max(16, min(64, triton.next_power_of_2(reduction)))
     if kernel == "weight_gradient":
         return LaunchConfig(32, block_n, block_k, 4, stages)
     if element_size == 4:
         block_k = min(32, block_k)
-    block_p = 128 if block_n <= 64 else 64
-    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= 8192 else 4, stages)
+    # Nine taps of gradients that go through BN on load need registers: a smaller tile, or they spill.
+    crowded = kernel == "data_gradient" and taps > 1
+    block_p = 128 if block_n <= 64 and not crowded else 64
+    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= (4096 if crowded else 8192) else 4, stages)

@@ -208,7 +208,7 @@ def data_gradient(
         block_n = channel_tile(shape.read, shape.group_in)
         reach = covered(block_n, shape.group_in, shape.group_out, shape.read, shape.c_out)
         group_in, group_out = shape.group_in, shape.group_out
-    config = config_for("data_gradient", reach, block_n, out.element_size(), architecture(out.device))
+    config = config_for("data_gradient", reach, block_n, out.element_size(), architecture(out.device), shape.kernel**2)
     new = fresh or Fresh(out, out, out)
     vectors = out if norm is None else norm
     run(

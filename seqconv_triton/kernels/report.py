@@ -35,7 +35,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
 
     model = create_model(arguments.model, device="meta")
     size = 32 if arguments.model in list_models("cifar_*") else arguments.image_size
-    found = launches(model, size, arguments.batch, DTYPES[arguments.dtype])
+    found = launches(model, size, arguments.batch, DTYPES[arguments.dtype], arguments.arch)
     print(f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(found)} distinct kernels")
     print(f"{'kernel':<20}{'tile':>12}{'taps':>5}{'warps':>6}{'registers':>10}{'spills':>7}", end="")
     print(f"{'shared':>8}{'matrix':>8}{'load':>5}{'occupancy':>10}")
