@@ -49,8 +49,14 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="evaluation of 8 images also under torch.compile, cold")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--gpu", action="store_true", help="the first table of a GPU, in under eight minutes")
+    parser.add_argument("--launches", action="store_true", help="count the Triton backend's launches; needs no GPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.launches:
+        from bench import launches
+
+        write(arguments.output, {**provenance(), "launches": launches.main()})
+        return 0
     if arguments.gpu:
         if not torch.cuda.is_available():
             print("--gpu needs a GPU, and torch sees none", file=sys.stderr)

@@ -195,6 +195,20 @@ class Plan:
         """Columns of a dropout mask: every window, then what the tail reads."""
         return self.window_offsets[-1] + (0 if self.tail is None else self.read_channels)
 
+    @cached_property
+    def readers(self) -> tuple[tuple[int, int], ...]:
+        """For the input, then for every group's slot: the groups [first, last) whose windows reach into it."""
+        places = [(0, self.in_channels), *((self.slot(j), self.group_width) for j in range(len(self.groups)))]
+        spans = []
+        for start, count in places:
+            found = [
+                i
+                for i, group in enumerate(self.groups)
+                if group.window_start < start + count and start < group.window_start + group.window_width
+            ]
+            spans.append((found[0], found[-1] + 1) if found else (0, 0))
+        return tuple(spans)
+
     def slot(self, j: int) -> int:
         """First buffer channel that group j writes."""
         return self.in_channels + j * self.group_width

@@ -150,13 +150,9 @@ def stage_backward(
     d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
     receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
 
-    def pull(c: int, channels: int, into: Tensor, fresh: Fresh | None, through: bool) -> None:
-        """The gradient of buffer channels [c, c + channels), and if `through` then through their ReLU."""
-        readers = [
-            i for i, group in enumerate(plan.groups)
-            if group.window_start < c + channels and c < group.window_start + group.window_width
-        ]  # fmt: skip
-        span = (readers[0], readers[-1] + 1) if readers else (0, 0)
+    def pull(c: int, span: tuple[int, int], into: Tensor, fresh: Fresh | None, through: bool) -> None:
+        """The gradient of as many buffer channels as `into` has, from c on; `through` their BN's ReLU."""
+        channels = into.shape[1]
         outside = upstream[:, c - first : c - first + channels] if upstream is not None and c >= first else None
         own = slice(c, c + channels)
         data_gradient(
@@ -171,7 +167,7 @@ def stage_backward(
         own = slice(c, c + k)
         # Basic layers read a neighbour's gradient while they write their own.
         g = behind_activation if z_rows is not None or j % 2 else behind_inner
-        pull(c, k, g, fresh, through=True)
+        pull(c, plan.readers[j + 1], g, fresh, through=True)
         d_own = None if d_raw is None else d_raw[:, own]
         fresh = Fresh(g, raw[:, own], norms.main[:, own], d_own, dy[receivers[c]] if c in receivers else None)
         if z_rows is None:
@@ -230,7 +226,7 @@ def _through_tail(
 
 
 def _to_input(
-    pull: Callable[[int, int, Tensor, Fresh | None, bool], None],
+    pull: Callable[[int, tuple[int, int], Tensor, Fresh | None, bool], None],
     fresh: Fresh | None,
     dy: Tensor,
     dz: Tensor,
@@ -251,7 +247,7 @@ def _to_input(
     d_own = None if d_raw is None else d_raw[:, :width]
     if dx is None:
         dx = raw.new_empty((raw.shape[0], width))
-    pull(0, width, dx, fresh, plan.raw_input)
+    pull(0, plan.readers[0], dx, fresh, plan.raw_input)
     if gradients.x is None:
         return
     if plan.raw_input:

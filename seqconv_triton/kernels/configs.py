@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
@@ -54,9 +53,18 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
             _pinned[kernel] = outer
 
 
+def pinned() -> tuple[tuple[str, LaunchConfig], ...]:
+    """What is pinned now, as a key of what was derived from configurations."""
+    return tuple(_pinned.items())
+
+
 def smallest_tile() -> int:
     """The fewest pixels that any tile with statistics has."""
     return min([64, *(config.block_p for config in _pinned.values())])
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def channel_tile(channels: int, group: int, most: int = 128) -> int:
@@ -66,11 +74,11 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
     power of two covers whole groups, one tile takes all channels.
     """
     if group == channels:
-        return max(16, min(most, triton.next_power_of_2(channels)))
+        return max(16, min(most, next_power_of_2(channels)))
     packed = group * max(1, -(-16 // group))
     if packed & (packed - 1) == 0 and channels % packed == 0:
         return min(most, packed) if group >= most else packed
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 _assumed = "sm_90"
@@ -115,7 +123,7 @@ def config_for(
 @lru_cache(maxsize=1024)
 def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arch: str, taps: int) -> LaunchConfig:
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    block_k = max(16, min(64, triton.next_power_of_2(reduction)))
+    block_k = max(16, min(64, next_power_of_2(reduction)))
     if kernel == "weight_gradient":
         return LaunchConfig(32, block_n, block_k, 4, stages)
     if element_size == 4:

@@ -7,16 +7,20 @@ float32 accumulators, which the last program to arrive turns into the BN behind 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
 from seqconv_triton.kernels.launch import (
     FAN,
     ConvShape,
     Features,
     Scratch,
+    cdiv,
     channel_offset,
     covered,
     precision,
@@ -121,21 +125,44 @@ def convolution(
     eps: float = 0.0,
 ) -> None:
     """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
-    block_n = channel_tile(shape.c_out, shape.group_out)
-    reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("convolution", reach, block_n, out.element_size(), architecture(out.device))
+    grid, constants = _fixed(
+        shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
+        wide(source.rows, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
+    )  # fmt: skip
     sums = (source.scale,) * 3 if scratch is None else scratch
     run(
-        convolution_forward_kernel, (triton.cdiv(shape.out_pixels, config.block_p), triton.cdiv(shape.c_out, block_n)),
+        convolution_forward_kernel, grid,
         source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
         source.rows if shortcut is None else shortcut, out, *sums, source.scale if norm is None else norm,
         start, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
         source.rows.stride(-2), source.step, row_stride(mask), row_stride(shortcut), out.stride(0),
-        0 if norm is None else norm.stride(0), eps,
+        0 if norm is None else norm.stride(0), eps, **constants,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _fixed(
+    shape: ConvShape,
+    identity: int,
+    block: int,
+    has_mask: bool,
+    has_shortcut: bool,
+    statistics: bool,
+    wide: bool,
+    precision: str,
+    element_size: int,
+    arch: str,
+    pins: object,
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and compile-time constants: derived once, not for every launch."""
+    block_n = channel_tile(shape.c_out, shape.group_out)
+    reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
+    config = config_for("convolution", reach, block_n, element_size, arch)
+    return (cdiv(shape.out_pixels, config.block_p), cdiv(shape.c_out, block_n)), dict(
         C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
-        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity,
-        HAS_MASK=mask is not None, HAS_SHORTCUT=shortcut is not None, STATISTICS=scratch is not None,
-        BLOCK=source.block, WIDE=wide(source.rows, out), PRECISION=precision(out.dtype), FAN=FAN,
+        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=identity,
+        HAS_MASK=has_mask, HAS_SHORTCUT=has_shortcut, STATISTICS=statistics,
+        BLOCK=block, WIDE=wide, PRECISION=precision, FAN=FAN,
         BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -11,14 +11,15 @@ the way for those who need it later. So BN's backward costs no launch and no pas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
-from seqconv_triton.kernels.launch import FAN, A, ConvShape, Scratch, covered, precision, row_stride, run, wide
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
+from seqconv_triton.kernels.launch import FAN, A, ConvShape, Scratch, cdiv, covered, precision, row_stride, run, wide
 from seqconv_triton.kernels.statistics import finish_gradients
 
 
@@ -201,18 +202,15 @@ def data_gradient(
     With `norm` (vectors [11, channels]) it goes through that BN's ReLU, and the BN's gradients and coefficients are
     written; `batch` says that its statistics were the batch's. `fresh` is the first reader's dy, which is then written.
     """
-    if windows:
-        block_n, reach = channel_tile(channels, channels), shape.c_out
-        group_in = group_out = 1  # not read: one kernel for all widths
-    else:
-        block_n = channel_tile(shape.read, shape.group_in)
-        reach = covered(block_n, shape.group_in, shape.group_out, shape.read, shape.c_out)
-        group_in, group_out = shape.group_in, shape.group_out
-    config = config_for("data_gradient", reach, block_n, out.element_size(), architecture(out.device), shape.kernel**2)
     new = fresh or Fresh(out, out, out)
+    grid, constants = _fixed(
+        shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,
+        new.upstream is not None, new.passed is not None, batch, wide(dy, out, raw, new.raw),
+        precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
+    )  # fmt: skip
     vectors = out if norm is None else norm
     run(
-        data_gradient_kernel, (triton.cdiv(shape.in_pixels, config.block_p), triton.cdiv(channels, block_n)),
+        data_gradient_kernel, grid,
         dy, weight, readers, dy if mask is None else mask, dy if upstream is None else upstream,
         out if raw is None else raw, vectors,
         new.g, new.raw, new.norm if fresh is None else new.norm[A], dy if new.upstream is None else new.upstream,
@@ -220,13 +218,42 @@ def data_gradient(
         span[0], span[1], target, shape.in_pixels, shape.height, shape.width, shape.out_height, shape.out_width, eps,
         dy.stride(-2), dy.stride(0), row_stride(mask), row_stride(upstream), row_stride(raw), vectors.stride(0),
         new.g.stride(0), new.raw.stride(0), new.norm.stride(0), row_stride(new.upstream), row_stride(new.passed),
-        out.stride(0),
+        out.stride(0), **constants,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _fixed(
+    shape: ConvShape,
+    channels: int,
+    windows: bool,
+    has_mask: bool,
+    has_upstream: bool,
+    norm: bool,
+    fresh: bool,
+    fresh_up: bool,
+    passed: bool,
+    batch: bool,
+    wide: bool,
+    precision: str,
+    element_size: int,
+    arch: str,
+    pins: object,
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and compile-time constants: derived once, not for every launch."""
+    if windows:
+        block_n, reach = channel_tile(channels, channels), shape.c_out
+        group_in = group_out = 1  # not read: one kernel for all widths
+    else:
+        block_n = channel_tile(shape.read, shape.group_in)
+        reach = covered(block_n, shape.group_in, shape.group_out, shape.read, shape.c_out)
+        group_in, group_out = shape.group_in, shape.group_out
+    config = config_for("data_gradient", reach, block_n, element_size, arch, shape.kernel**2)
+    return (cdiv(shape.in_pixels, config.block_p), cdiv(channels, block_n)), dict(
         C=channels, ROWS=shape.c_out, GROUP_IN=group_in, GROUP_OUT=group_out, RANGE=reach,
-        KERNEL=shape.kernel, STRIDE=shape.stride, WINDOWS=windows, HAS_MASK=mask is not None,
-        HAS_UPSTREAM=upstream is not None, NORM=norm is not None, FRESH=fresh is not None,
-        FRESH_UP=new.upstream is not None, PASSED=new.passed is not None, BATCH=batch,
-        WIDE=wide(dy, out, *(() if raw is None else (raw,)), *(() if fresh is None else (new.raw,))),
-        PRECISION=precision(out.dtype), FAN=FAN,
+        KERNEL=shape.kernel, STRIDE=shape.stride, WINDOWS=windows, HAS_MASK=has_mask,
+        HAS_UPSTREAM=has_upstream, NORM=norm, FRESH=fresh, FRESH_UP=fresh_up, PASSED=passed, BATCH=batch,
+        WIDE=wide, PRECISION=precision, FAN=FAN,
         BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.launch import A, run, wide
+from seqconv_triton.kernels.launch import A, cdiv, run, wide
 from seqconv_triton.kernels.statistics import ELEMENTWISE_C, ELEMENTWISE_P
 
 
@@ -65,7 +65,7 @@ def apply_gradient(
     """out = a·g + b·x + c [+ upstream] [+ passed], all [P, C]; a, b, c are rows of norm. `out` may be `g`."""
     pixels, channels = g.shape
     run(
-        apply_gradient_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
+        apply_gradient_kernel, (cdiv(pixels, ELEMENTWISE_P), cdiv(channels, ELEMENTWISE_C)),
         g, x, norm[A], g if upstream is None else upstream, g if passed is None else passed, out,
         pixels, channels, g.stride(0), x.stride(0), norm.stride(0), 0 if upstream is None else upstream.stride(0),
         0 if passed is None else passed.stride(0), out.stride(0),
@@ -78,7 +78,7 @@ def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """out = relu(scale·x + shift), [P, C]."""
     pixels, channels = x.shape
     run(
-        activate_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
+        activate_kernel, (cdiv(pixels, ELEMENTWISE_P), cdiv(channels, ELEMENTWISE_C)),
         x, scale, shift, out, pixels, channels, x.stride(0), out.stride(0),
         WIDE=wide(x, out), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C,
     )  # fmt: skip

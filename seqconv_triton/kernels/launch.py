@@ -92,10 +92,10 @@ class Scratch(NamedTuple):
 
     @classmethod
     def allocate(cls, like: Tensor, pixels: int, channels: int) -> Scratch:
-        tiles = -(-pixels // smallest_tile())
-        chunks = -(-tiles // FAN)
+        tiles = cdiv(pixels, smallest_tile())
+        chunks = cdiv(tiles, FAN)
         sums = like.new_empty((2, tiles + chunks, channels), dtype=torch.float32)
-        counters = like.new_zeros((chunks + 1) * max(1, -(-channels // 16)), dtype=torch.int32)
+        counters = like.new_zeros((chunks + 1) * max(1, cdiv(channels, 16)), dtype=torch.int32)
         return cls(sums[0], sums[1], counters)
 
 
@@ -127,9 +127,13 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def wide(*tensors: Tensor) -> bool:
-    """Whether an element's offset may need 64 bits."""
-    return any(t.untyped_storage().nbytes() // t.element_size() >= 2**31 for t in tensors)
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether a pixel's offset may need 64 bits; steps between groups always have them."""
+    return any(t.shape[-2] * t.stride(-2) >= 2**31 for t in tensors if t is not None)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def covered(tile: int, group: int, other: int, channels: int, total: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.launch import FAN, Scratch, run, wide
+from seqconv_triton.kernels.launch import FAN, Scratch, cdiv, run, wide
 
 ELEMENTWISE_P, ELEMENTWISE_C = 64, 64
 
@@ -172,7 +172,7 @@ def input_statistics(x: Tensor, norm: Tensor, scratch: Scratch, eps: float) -> N
     """Statistics of x [P, C] into the MEAN, VAR, SCALE and SHIFT rows of norm [rows, C]."""
     pixels, channels = x.shape
     run(
-        input_statistics_kernel, (triton.cdiv(pixels, ELEMENTWISE_P), triton.cdiv(channels, ELEMENTWISE_C)),
+        input_statistics_kernel, (cdiv(pixels, ELEMENTWISE_P), cdiv(channels, ELEMENTWISE_C)),
         x, *scratch, norm, pixels, channels, x.stride(0), norm.stride(0), eps,
         WIDE=wide(x), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C, FAN=FAN,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from seqconv_triton.kernels.convolution import activate
 from seqconv_triton.kernels.launch import (
     ConvShape,
     Features,
+    cdiv,
     channel_offset,
     covered,
     precision,
@@ -116,12 +117,12 @@ def weight_gradient(
     reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
     config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device))
     block_n = config.block_k
-    tiles_n = triton.cdiv(reach, block_n)
-    programs = triton.cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
+    tiles_n = cdiv(reach, block_n)
+    programs = cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
     count = groups.shape[0]
     # Enough programs to fill a large GPU, but partial sums of no more than a few times the weights.
-    splits = max(1, min(16, 1024 // (programs * count), triton.cdiv(shape.out_pixels, 4 * config.block_p)))
-    share = triton.cdiv(triton.cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
+    splits = max(1, min(16, 1024 // (programs * count), cdiv(shape.out_pixels, 4 * config.block_p)))
+    share = cdiv(cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
     partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
     step_x, step_scale = (source.rows.stride(0), source.rows.shape[-1]) if own_source else (0, 0)
     run(

@@ -1,0 +1,74 @@
+"""What the Triton backend launches in a pass over a model, and what this library's own Python costs a launch.
+
+Counted on meta tensors, so that no GPU is needed: each launch is noted instead of made. The time is that of the stages'
+launch order alone; Triton's own dispatch, some microseconds a launch outside a CUDA graph, comes on top.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import seqconv_triton as sct
+from seqconv_triton.kernels import launch
+from seqconv_triton.kernels.ahead import stage_passes
+from seqconv_triton.layers import PackedSeqConv
+
+MODELS = ("seqresnet_b22", "seqresnet_b42", "seqresnext_24")
+ROUNDS = 7
+
+
+def passes(name: str, training: bool) -> list[list[Any]]:
+    """The stages' forward passes and, in training, their backward passes."""
+    model = sct.create_model(name, device="meta")
+    found: list[list[Any]] = []
+
+    def note(stage: PackedSeqConv, inputs: tuple[Tensor, ...], _: Any) -> None:
+        found.append(stage_passes(stage, inputs[0].bfloat16(), training))
+
+    for module in model.modules():
+        if isinstance(module, PackedSeqConv):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.empty(8, 3, 224, 224, device="meta"))
+    return [list(column) for column in zip(*found, strict=True)]
+
+
+def measure(runs: list[Any]) -> tuple[int, float]:
+    """Launches, and the median seconds of making them all."""
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    seconds = []
+    with launch.listen(note):
+        for _ in range(ROUNDS + 1):
+            count = 0
+            start = time.perf_counter()
+            for run in runs:
+                run()
+            seconds.append(time.perf_counter() - start)
+    return count, statistics.median(seconds[1:])
+
+
+def main() -> list[dict[str, Any]]:
+    """Print a row for each model and pass, and return them."""
+    rows = []
+    print(f"{'model':<16}{'pass':<20}{'groups':>7}{'launches':>10}{'own Python a launch':>22}")
+    for name in MODELS:
+        model = sct.create_model(name, device="meta")
+        groups = sum(len(m.plan.groups) for m in model.modules() if isinstance(m, PackedSeqConv))
+        columns = [("evaluation", passes(name, False)[0])]
+        columns += zip(("training, forward", "training, backward"), passes(name, True), strict=True)
+        for kind, runs in columns:
+            launches, seconds = measure(runs)
+            own = seconds / launches * 1e6
+            rows.append({"model": name, "pass": kind, "groups": groups, "launches": launches, "microseconds": own})
+            print(f"{name:<16}{kind:<20}{groups:>7}{launches:>10}{own:>19.1f} µs")
+    return rows
