@@ -36,7 +36,6 @@ bench: $(READY) ## Measure speed and memory
 
 # With the interpreter that has the GPU's torch, not the CPU one of .venv.
 gpu: ## Run all GPU tests, then time the models: nine minutes at most, results in bench/results/
-	$(PYTHON) -m pytest tests/test_gpu.py -q -p no:cacheprovider
 	$(PYTHON) -m bench --gpu --output bench/results/gpu-$(shell date +%Y-%m-%d).json
 
 format: $(READY) ## Format the code and apply the safe fixes
