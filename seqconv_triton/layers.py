@@ -35,6 +35,8 @@ class PackedSeqConv(nn.Module):
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout ({dropout}) must be at least 0 and below 1")
+        if not eps > 0:
+            raise ValueError(f"eps ({eps}) must be above 0")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.plan, self.dropout, self.eps = plan, dropout, eps
         appended = len(plan.groups) * plan.group_width

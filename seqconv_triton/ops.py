@@ -78,6 +78,7 @@ def stage(
     with no_autocast(x):
         if backend == "reference":
             return reference.stage(x, shortcut, parameters, statistics, mask, plan, eps, keep_buffer)
+        _refuse_transforms()
         differentiable = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, shortcut, *parameters)
         )
@@ -89,6 +90,23 @@ def stage(
     if statistics is None:
         taken = Statistics(*(batch if plan.bottleneck else (*batch[:2], None, None)))
     return StageOutput(out, buffer if keep_buffer else None, taken)
+
+
+def _refuse_transforms() -> None:
+    """PyTorch would drop forward-mode tangents silently, and functorch names no way out."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    transformed = interpreter is not None and interpreter.key() in (
+        functorch.TransformType.Grad,
+        functorch.TransformType.Jvp,
+    )
+    if transformed or torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward-mode derivatives and torch.func's grad, vjp and jvp do not pass seqconv_triton's fused ops; "
+            'compute under `with seqconv_triton.use_backend("reference"):`'
+        )
 
 
 Packed = TypeVar("Packed", StageParameters, Statistics)

@@ -244,6 +244,7 @@ def test_bad_shortcut_and_single_value() -> None:
         (lambda: sct.CifarSeqResNet(8, 4, (1, 1)), "blocks"),
         (lambda: sct.CifarSeqResNet(8, 0), "widen"),
         (lambda: sct.SeqConv2d(4, 4, 2, dropout=1.0), "dropout"),
+        (lambda: sct.SeqConv2d(4, 4, 2, eps=0.0), r"eps \(0.0\) must be above 0"),
         (lambda: sct.SeqResNetB22(num_classes=-1, device="meta"), "num_classes"),
         (lambda: sct.SeqResNetB22(device="meta").forward_intermediates(torch.empty(1, 3, 8, 8), [4]), "indices"),
     ],

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from helpers import error, everything, randomise
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import seqconv_triton as sct
 from seqconv_triton.plan import Plan, Tail
@@ -126,6 +127,22 @@ def test_second_derivative_names_the_reference_backend() -> None:
         (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     grad.square().sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_forward_mode_and_functorch_name_the_reference_backend() -> None:
+    """PyTorch itself would drop the tangent of a custom op without a word."""
+    layer = randomise(sct.SeqConv2d(4, 4, 2)).eval()
+    x = torch.randn(2, 4, 3, 3)
+
+    def dual(t: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(t, t))).tangent
+
+    for transform in (lambda t: torch.func.jvp(layer, (t,), (t,))[1], torch.func.grad(lambda t: layer(t).sum()), dual):
+        with pytest.raises(NotImplementedError, match='use_backend\\("reference"\\)'):
+            transform(x)
+        with sct.use_backend("reference"):
+            assert transform(x).norm() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -131,6 +131,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         "truncated": whole.read_bytes()[:100_000],
         "empty": b"",
         "text": b"<html>not found</html>",
+        "accounts": b"root:x:0:0:root:/root:/bin/bash\n",  # the unpickler fails on it with an IndexError
         "code": as_code(trap),
     }
     for name, content in bad.items():
@@ -145,6 +146,8 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="source must be a path, an open file or a state dict, not NoneType"):
+        sct.load_published(sct.create_model(SMALL), None)
     with pytest.raises(TypeError, match="not Linear"):
         sct.load_published(nn.Linear(1, 1), {})
     with pytest.raises(TypeError, match="not Linear"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -132,7 +131,7 @@ def load_published(
 
     Raises ValueError, with the model unchanged, for a file that is no checkpoint, or with a list of all entries that
     are missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm;
-    TypeError if model is none of the paper's networks.
+    TypeError if model is none of the paper's networks, or source nothing to load from; OSError as open() does.
     """
     _require_backbone(model)
     given = _unwrap(source if isinstance(source, Mapping) else _read(source))
@@ -157,6 +156,8 @@ def _require_backbone(model: object) -> None:
 
 
 def _read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
+    if not isinstance(source, str | os.PathLike) and not hasattr(source, "seek"):
+        raise TypeError(f"source must be a path, an open file or a state dict, not {type(source).__name__}")
     where = str(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "the file")
     try:
         loaded = torch.load(Path(source) if isinstance(source, str) else source, map_location="cpu", weights_only=True)
@@ -164,7 +165,9 @@ def _read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
         raise ValueError(
             f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
         raise ValueError(f"{where} is no checkpoint, or only part of one: {_brief(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{where} holds a {type(loaded).__name__}; expected a dictionary of tensors")
