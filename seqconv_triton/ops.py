@@ -158,10 +158,11 @@ def stage_forward(
     )
     statistics = Statistics(*batch) if batch_statistics else Statistics(mean, var, reduce_mean, reduce_var)  # type: ignore[arg-type]
     if x.numel():
-        implementation(backend).stage_forward(
-            x, shortcut, parameters, statistics, batch_statistics, mask, decoded, eps,
-            out, buffer if keep else None, z if keep and decoded.bottleneck else None,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            implementation(backend).stage_forward(
+                x, shortcut, parameters, statistics, batch_statistics, mask, decoded, eps,
+                out, buffer if keep else None, z if keep and decoded.bottleneck else None,
+            )  # fmt: skip
     return out, buffer, z, *batch  # type: ignore[return-value]
 
 
@@ -222,11 +223,12 @@ def stage_backward(
             gradient.zero_()
         return tuple(gradients)  # type: ignore[return-value]
     wanted = [None if g.numel() == 0 else g for g in gradients]
-    implementation(backend).stage_backward(
-        d_out, d_buffer, buffer, z if decoded.bottleneck else None, parameters,
-        Statistics(mean, var, reduce_mean, reduce_var), batch_statistics, mask, decoded, eps,
-        StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])),  # type: ignore[arg-type]
-    )  # fmt: skip
+    with torch.cuda.device_of(buffer):
+        implementation(backend).stage_backward(
+            d_out, d_buffer, buffer, z if decoded.bottleneck else None, parameters,
+            Statistics(mean, var, reduce_mean, reduce_var), batch_statistics, mask, decoded, eps,
+            StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])),  # type: ignore[arg-type]
+        )  # fmt: skip
     return tuple(gradients)  # type: ignore[return-value]
 
 

@@ -127,7 +127,7 @@ def convolution(
     """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
-        wide(source.rows, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
+        wide(source.rows, shortcut, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
     )  # fmt: skip
     sums = (source.scale,) * 3 if scratch is None else scratch
     run(

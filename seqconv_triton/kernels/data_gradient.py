@@ -205,7 +205,7 @@ def data_gradient(
     new = fresh or Fresh(out, out, out)
     grid, constants = _fixed(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,
-        new.upstream is not None, new.passed is not None, batch, wide(dy, out, raw, new.raw),
+        new.upstream is not None, new.passed is not None, batch, wide(dy, out, raw, upstream, new.raw, new.upstream),
         precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
     )  # fmt: skip
     vectors = out if norm is None else norm
