@@ -19,6 +19,7 @@ from seqconv_triton.backend.triton_parts import (
     Norms,
     channels_last,
     rows,
+    slots,
     tables,
     taps_first,
     taps_first_view,
@@ -74,26 +75,31 @@ def stage_forward(
     inner = None if not plan.bottleneck else x.new_empty((pixels, k)) if z is None else z.view(-1, pixels, k)
     added = None if shortcut is None else rows(channels_last(shortcut))
 
+    own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
+    inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
+    inner_scales, inner_shifts = (() if norms.inner is None else norms.inner[row].split(k) for row in (SCALE, SHIFT))
+    inner_rows = inner.unbind() if inner is not None and z is not None else ()
+
     if scratch is not None and plan.raw_input:
         input_statistics(raw[:, :width], norms.main[:, :width], scratch, eps)
     for j, group in enumerate(plan.groups):
-        c = plan.slot(j)
         given, start, shape = source, group.window_start, geometry.windows[j]
         group_mask = None if masks is None else masks[j]
         if inner is not None:
-            own, norm = inner if z is None else inner[j], norms.behind(j)
+            own = inner if z is None else inner_rows[j]
             convolution(
-                given, start, reduce[j], shape, own, mask=group_mask, norm=norm, scratch=scratch, eps=eps
+                given, start, reduce[j], shape, own, mask=group_mask, norm=inner_norms[j], scratch=scratch, eps=eps
             )  # fmt: skip
-            given, start, shape, group_mask = Features(own, norm[SCALE], norm[SHIFT]), 0, geometry.inside, None
+            given, start, shape, group_mask = Features(own, inner_scales[j], inner_shifts[j]), 0, geometry.inside, None
         own_shortcut = None
         if added is not None:
             own_shortcut = added[:, j * k : (j + 1) * k]
         elif group.residual_start is not None:
-            own_shortcut = raw[:, group.residual_start : group.residual_start + k]
+            c = group.residual_start
+            own_shortcut = own_slots[(c - width) // k] if c >= width else raw[:, c : c + k]
         convolution(
-            given, start, transform[j], shape, raw[:, c : c + k], mask=group_mask, shortcut=own_shortcut,
-            norm=norms.main[:, c : c + k], scratch=scratch, eps=eps,
+            given, start, transform[j], shape, own_slots[j], mask=group_mask, shortcut=own_shortcut,
+            norm=own_norms[j], scratch=scratch, eps=eps,
         )  # fmt: skip
 
     first = plan.total_channels - plan.read_channels
@@ -141,6 +147,9 @@ def stage_backward(
     dy = buffer.new_empty((count, pixels, k))
     dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else dy
     z_rows = None if z is None else z.view(count, pixels, k)
+    own_z = () if z_rows is None else z_rows.unbind()
+    own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
+    inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
     behind_activation, behind_inner = (buffer.new_empty((pixels, k)) for _ in range(2))
     scratch = Scratch.allocate(buffer, pixels, max(k, width))
     window_weight = parameters.reduce_weight
@@ -150,33 +159,32 @@ def stage_backward(
     d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
     receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
 
-    def pull(c: int, span: tuple[int, int], into: Tensor, fresh: Fresh | None, through: bool) -> None:
-        """The gradient of as many buffer channels as `into` has, from c on; `through` their BN's ReLU."""
-        channels = into.shape[1]
-        outside = upstream[:, c - first : c - first + channels] if upstream is not None and c >= first else None
-        own = slice(c, c + channels)
+    def pull(
+        c: int, span: tuple[int, int], into: Tensor, fresh: Fresh | None, own_raw: Tensor | None, norm: Tensor | None
+    ) -> None:
+        """The gradient of as many buffer channels as `into` has, from c on; through the ReLU of `norm` if given."""
+        outside = upstream[:, c - first : c - first + into.shape[1]] if upstream is not None and c >= first else None
         data_gradient(
-            dz, window_weight, geometry.windows[0], windows, span, c, channels, into, eps, windows=True,
-            fresh=fresh, mask=mask, upstream=outside, raw=raw[:, own] if through else None,
-            norm=norms.main[:, own] if through else None, scratch=scratch if through else None, batch=batch_statistics,
+            dz, window_weight, geometry.windows[0], windows, span, c, into.shape[1], into, eps, windows=True,
+            fresh=fresh, mask=mask, upstream=outside, raw=own_raw, norm=norm,
+            scratch=None if norm is None else scratch, batch=batch_statistics,
         )  # fmt: skip
 
     fresh = None  # the gradient of the group behind the one that is pulled
     for j in reversed(range(count)):
         c = plan.slot(j)
-        own = slice(c, c + k)
         # Basic layers read a neighbour's gradient while they write their own.
         g = behind_activation if z_rows is not None or j % 2 else behind_inner
-        pull(c, plan.readers[j + 1], g, fresh, through=True)
-        d_own = None if d_raw is None else d_raw[:, own]
-        fresh = Fresh(g, raw[:, own], norms.main[:, own], d_own, dy[receivers[c]] if c in receivers else None)
+        pull(c, plan.readers[j + 1], g, fresh, own_slots[j], own_norms[j])
+        d_own = None if d_raw is None else d_raw[:, c : c + k]
+        fresh = Fresh(g, own_slots[j], own_norms[j], d_own, dy[receivers[c]] if c in receivers else None)
         if z_rows is None:
             continue
         data_gradient(
             dy, transform, geometry.inside, inside, (j, j + 1), 0, k, behind_inner, eps, windows=False,
-            fresh=fresh, raw=z_rows[j], norm=norms.behind(j), scratch=scratch, batch=batch_statistics,
+            fresh=fresh, raw=own_z[j], norm=inner_norms[j], scratch=scratch, batch=batch_statistics,
         )  # fmt: skip
-        fresh = Fresh(behind_inner, z_rows[j], norms.behind(j))
+        fresh = Fresh(behind_inner, own_z[j], inner_norms[j])
     _to_input(pull, fresh, dy, dz, raw, d_raw, norms, receivers, plan, gradients)
 
     if gradients.shortcut is not None:
@@ -226,7 +234,7 @@ def _through_tail(
 
 
 def _to_input(
-    pull: Callable[[int, tuple[int, int], Tensor, Fresh | None, bool], None],
+    pull: Callable[[int, tuple[int, int], Tensor, Fresh | None, Tensor | None, Tensor | None], None],
     fresh: Fresh | None,
     dy: Tensor,
     dz: Tensor,
@@ -247,7 +255,8 @@ def _to_input(
     d_own = None if d_raw is None else d_raw[:, :width]
     if dx is None:
         dx = raw.new_empty((raw.shape[0], width))
-    pull(0, plan.readers[0], dx, fresh, plan.raw_input)
+    own = (raw[:, :width], norms.main[:, :width]) if plan.raw_input else (None, None)
+    pull(0, plan.readers[0], dx, fresh, *own)
     if gradients.x is None:
         return
     if plan.raw_input:

@@ -90,6 +90,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == (h * w * c, 1, w * c, c) else empty_channels_last(x, c, h, w).copy_(x)
 
 
+def slots(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """The columns of every group's slot, one view a group: made at one stroke, which costs a fifth of slicing each."""
+    return x[:, plan.in_channels :].split(plan.group_width, 1)
+
+
 class Norms:
     """The BNs of a stage as the kernels take them: float32 vectors, one column a channel (`launch.py` names the rows).
 
@@ -107,7 +112,6 @@ class Norms:
         rows: int = FORWARD_ROWS,
     ) -> None:
         self.offset = plan.total_channels - plan.normalized_channels
-        self.k = plan.group_width
         p, s = parameters, statistics
         self.main = _vectors(p.norm_weight, p.norm_bias, s.mean, s.var, eps, known, rows, self.offset)
         self.inner = None
@@ -115,11 +119,6 @@ class Norms:
             self.inner = _vectors(
                 p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, known, rows, 0
             )
-
-    def behind(self, j: int) -> Tensor:
-        """The BN behind group j's 1×1 conv."""
-        assert self.inner is not None
-        return self.inner[:, j * self.k : (j + 1) * self.k]
 
     def store(self, statistics: Statistics) -> None:
         """Hand the batch's statistics out."""
