@@ -24,7 +24,7 @@ demo: $(READY) ## Train a small network on handwritten digits, with pictures in 
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
 test: $(READY) ## Run the tests
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff format --check .

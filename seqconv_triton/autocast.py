@@ -20,6 +20,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast casts nothing more."""
+    """A context in which autocast casts nothing more; an exporter would record one that is not needed."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

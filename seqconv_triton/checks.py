@@ -39,9 +39,12 @@ def check_stage(
     statistics: Statistics | None,
     shortcut: Tensor | None,
     mask: Tensor | None,
+    process_group: str,
 ) -> None:
-    """What `ops.stage` was given fits the plan, in shape, dtype and device."""
-    if statistics is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    """What `functional.stage` was given fits the plan, in shape, dtype and device."""
+    if process_group and statistics is None and x.shape[0] == 0:
+        raise ValueError(f"x has no images {list(x.shape)}; synchronised batch statistics need some on every rank")
+    if not process_group and statistics is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has one value per channel {list(x.shape)}; batch statistics in training need more")
     appended = len(plan.groups) * plan.group_width
     norms = appended if plan.bottleneck else None
@@ -65,7 +68,7 @@ def check_stage(
         if "norm" not in name and tensor.dtype != x.dtype:
             raise TypeError(f"x is {x.dtype} but {name} is {tensor.dtype}; cast one of them, or use torch.autocast")
     if shortcut is not None:
-        if len(plan.layers) != 1 or plan.tail is not None:
+        if not plan.is_single_layer:
             raise ValueError("shortcut is for a single layer; the blocks of a stage have their own")
         check_images("shortcut", shortcut, appended)
         if shortcut.shape != (x.shape[0], appended, x.shape[2], x.shape[3]):

@@ -1,4 +1,4 @@
-"""The modules: SeqConv2d, one layer, and Stage, whole stages; both hold packed parameters and call `ops.stage`."""
+"""The modules: SeqConv2d, one layer, and Stage, whole stages; both hold packed parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton import ops
-from seqconv_triton.backend import StageOutput, StageParameters, Statistics
+from seqconv_triton import functional
+from seqconv_triton.backend import FOLDED, StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.across_ranks import batch_norm, group_name
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
+
+
+class Affine(nn.Module):
+    """scale·x + shift for every channel: what is left of a BN whose statistics are folded in (`fuse`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+        weight, bias = (t[channels].to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)
 
 
 class PackedSeqConv(nn.Module):
@@ -19,8 +36,13 @@ class PackedSeqConv(nn.Module):
 
     `norm` holds the affine and the statistics of the BN behind every channel of the buffer, `reduce_norm` of those
     behind the 1×1 convs. They are containers in BatchNorm2d's clothes: freezing one (`eval()`, requires_grad) works
-    as usual, its own forward is never called. Both must be in the same mode.
+    as usual, its own forward is never called. Both must be in the same mode. `convert_sync_batchnorm` makes them
+    SyncBatchNorm2ds, `fuse` makes them `Affine`s. With `recompute` the 1×1 convs' outputs are not kept for backward
+    but computed again (gradient checkpointing).
     """
+
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
+    reduce_norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine | None
 
     def __init__(
         self,
@@ -38,7 +60,7 @@ class PackedSeqConv(nn.Module):
         if not eps > 0:
             raise ValueError(f"eps ({eps}) must be above 0")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.plan, self.dropout, self.eps = plan, dropout, eps
+        self.plan, self.dropout, self.eps, self.recompute = plan, dropout, eps, False
         appended = len(plan.groups) * plan.group_width
         self.reduce_weight = _parameter(plan.reduce_weight_shape, where)
         self.reduce_norm = nn.BatchNorm2d(appended, eps, momentum, **where) if plan.bottleneck else None
@@ -65,8 +87,10 @@ class PackedSeqConv(nn.Module):
                 norm.reset_parameters()
 
     def parameters_and_statistics(self) -> tuple[StageParameters, Statistics | None]:
-        """What `ops.stage` takes; the running statistics are left out where the batch's are to be used."""
+        """What `functional.stage` takes; the running statistics are left out where the batch's are to be used."""
         norm, reduce_norm = self.norm, self.reduce_norm
+        if isinstance(norm, Affine) != isinstance(reduce_norm, Affine) and reduce_norm is not None:
+            raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
         if reduce_norm is not None and reduce_norm.training != norm.training:
             raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
         assert self.transform_weight is not None
@@ -79,8 +103,11 @@ class PackedSeqConv(nn.Module):
             norm.bias,
             self.tail_weight,
         )
+        if isinstance(norm, Affine):
+            return parameters, FOLDED
         if norm.training:
             return parameters, None
+        assert reduce_norm is None or not isinstance(reduce_norm, Affine)
         assert norm.running_mean is not None and norm.running_var is not None
         if reduce_norm is None:
             return parameters, Statistics(norm.running_mean, norm.running_var, None, None)
@@ -89,9 +116,9 @@ class PackedSeqConv(nn.Module):
         )
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
-        """`ops.stage` with this module's parameters; updates the running statistics in training."""
+        """`functional.stage` with this module's parameters; updates the running statistics in training."""
         parameters, statistics = self.parameters_and_statistics()
-        output = ops.stage(
+        output = functional.stage(
             x,
             parameters,
             self.plan,
@@ -100,14 +127,23 @@ class PackedSeqConv(nn.Module):
             mask=self.draw_mask(x),
             eps=self.eps,
             keep_buffer=keep_buffer,
+            recompute=self.recompute,
+            process_group=self.ranks(),
         )
         if output.statistics is not None and x.shape[0] > 0:
-            count = x.shape[0] * x.shape[2] * x.shape[3]
+            own = x.shape[0] * x.shape[2] * x.shape[3]
+            count = own if output.counts is None else output.counts.sum()
             taken = output.statistics
             update_running(self.norm, taken.mean, taken.var, count)
-            if self.reduce_norm is not None and taken.reduce_mean is not None and taken.reduce_var is not None:
-                update_running(self.reduce_norm, taken.reduce_mean, taken.reduce_var, count)
+            update_running(self.reduce_norm, taken.reduce_mean, taken.reduce_var, count)
         return output
+
+    def ranks(self) -> str:
+        """The name of the process group that batch statistics are taken over; empty for this process alone."""
+        if not self.norm.training or not hasattr(self.norm, "process_group"):  # any SyncBatchNorm has one
+            return ""
+        group: Any = self.norm.process_group
+        return group_name(group)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
@@ -187,11 +223,17 @@ class Stage(PackedSeqConv):
         assert output.buffer is not None
         start, stop = self.feature_channels
         norm = self.norm
+        raw = output.buffer[:, start:stop]
         offset = self.plan.total_channels - self.plan.normalized_channels
         own = slice(start - offset, stop - offset)
+        if isinstance(norm, Affine):
+            return output.out, norm.forward(raw, own).relu_()
+        if output.counts is not None:
+            shared = batch_norm(raw, norm.weight[own], norm.bias[own], self.eps, self.ranks())
+            return output.out, shared[0].relu_()
         assert norm.running_mean is not None and norm.running_var is not None
         features = nn.functional.batch_norm(
-            output.buffer[:, start:stop],
+            raw,
             # Batch statistics are taken again here: their gradient then comes for free.
             None if norm.training else norm.running_mean[own],
             None if norm.training else norm.running_var[own],
@@ -226,8 +268,10 @@ def fan_out_uniform_(weight: Tensor, fan_out: int) -> Tensor:
 
 
 @torch.no_grad()
-def update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | None, count: int | Tensor) -> None:
     """Move the running statistics as BatchNorm does: unbiased variance; momentum None is a cumulative average."""
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or mean is None or var is None:
+        return
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
     norm.num_batches_tracked += 1

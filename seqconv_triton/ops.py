@@ -1,31 +1,20 @@
 """The registered ops: one functional op for a stage and one for its backward; a layer is a stage of one layer.
 
 The buffer is born inside the op and leaves it as an output; nothing is mutated and nothing aliases, so that
-torch.compile finds one opaque node a stage. `stage` is the public function: it checks, casts under autocast, and
-sends the reference backend's work to plain PyTorch instead.
+torch.compile finds one opaque node a stage. `functional.stage` is what calls them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqconv_triton.autocast import autocast_dtype, no_autocast
-from seqconv_triton.backend import (
-    StageGradients,
-    StageOutput,
-    StageParameters,
-    Statistics,
-    WantedGradients,
-    aten,
-    backend_for,
-    reference,
-)
+from seqconv_triton.backend import StageGradients, StageParameters, Statistics, WantedGradients, aten
+from seqconv_triton.backend.across_ranks import AcrossRanks, process_group
 from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
-from seqconv_triton.checks import check_images, check_stage
 from seqconv_triton.plan import Plan
 
 
@@ -41,92 +30,26 @@ def implementation(name: str) -> Any:
 PARAMETERS = len(StageParameters._fields)
 
 
-def stage(
-    x: Tensor,
-    parameters: StageParameters,
-    plan: Plan,
-    *,
-    statistics: Statistics | None = None,
-    shortcut: Tensor | None = None,
-    mask: Tensor | None = None,
-    eps: float = 1e-5,
-    keep_buffer: bool = False,
-) -> StageOutput:
-    """A whole stage, or a single layer.
-
-    x [N, C, H, W] is raw if plan.raw_input, else activated. Without `statistics` every BN uses the batch's, which the
-    output then holds; with them BN is folded. `shortcut` [N, J·k, H, W] is added to a single layer's raw output,
-    `mask` [N, plan.mask_channels] multiplies the channels that each group, and the tail, sees. `keep_buffer` also
-    returns the raw features [N, plan.total_channels, H, W]: the input and every group's.
-
-    Under autocast x, shortcut and conv weights are cast; BN parameters and statistics stay float32.
-    Raises TypeError or ValueError for what does not fit together.
-    """
-    check_images("x", x, plan.in_channels)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-        shortcut = None if shortcut is None else shortcut.to(dtype)
-        parameters = _cast(parameters, dtype, lambda name: "norm" not in name)
-    check_stage(x, parameters, plan, statistics, shortcut, mask)
-    precise = statistics_dtype(x.dtype)
-    parameters = _cast(parameters, precise, lambda name: "norm" in name)
-    if statistics is not None:
-        statistics = _cast(statistics, precise, lambda name: True)
-
-    backend = backend_for(x)
-    with no_autocast(x):
-        if backend == "reference":
-            return reference.stage(x, shortcut, parameters, statistics, mask, plan, eps, keep_buffer)
-        _refuse_transforms()
-        differentiable = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, shortcut, *parameters)
-        )
-        out, buffer, _, *batch = torch.ops.seqconv_triton.stage_forward(
-            x, shortcut, *parameters, *(statistics or (None,) * 4), mask,
-            plan.encode(), eps, statistics is None, keep_buffer or differentiable, backend,
-        )  # fmt: skip
-    taken = None
-    if statistics is None:
-        taken = Statistics(*(batch if plan.bottleneck else (*batch[:2], None, None)))
-    return StageOutput(out, buffer if keep_buffer else None, taken)
+def profiled(what: str, plan: Plan) -> AbstractContextManager[Any]:
+    """A range that profilers show: `stage_forward 256→512 k64 J36`."""
+    text = f"{what} {plan.in_channels}→{plan.out_channels} k{plan.group_width} J{len(plan.groups)}"
+    return torch.profiler.record_function(text)
 
 
-def _refuse_transforms() -> None:
-    """PyTorch would drop forward-mode tangents silently, and functorch names no way out."""
-    if torch.compiler.is_compiling():
-        return
-    functorch = torch._C._functorch
-    interpreter = functorch.peek_interpreter_stack()
-    transformed = interpreter is not None and interpreter.key() in (
-        functorch.TransformType.Grad,
-        functorch.TransformType.Jvp,
-    )
-    if transformed or torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "forward-mode derivatives and torch.func's grad, vjp and jvp do not pass seqconv_triton's fused ops; "
-            'compute under `with seqconv_triton.use_backend("reference"):`'
-        )
-
-
-Packed = TypeVar("Packed", StageParameters, Statistics)
-
-
-def _cast(packed: Packed, dtype: torch.dtype, chosen: Callable[[str], bool]) -> Packed:
-    fields = zip(packed._fields, packed, strict=True)
-    return type(packed)(*(t.to(dtype) if t is not None and chosen(name) else t for name, t in fields))  # type: ignore[arg-type]
-
-
-def _allocate_forward(x: Tensor, plan: Plan, batch_statistics: bool, keep: bool) -> list[Tensor]:
-    """out, buffer, z and four statistics, uninitialised; what is not kept has no elements."""
+def _allocate_forward(
+    x: Tensor, plan: Plan, batch_statistics: bool, keep: bool, keep_inner: bool, group: str
+) -> list[Tensor]:
+    """out, buffer, z, four statistics and the ranks' counts, uninitialised; what is not kept has no elements."""
     images, _, height, width = x.shape
     groups, k = len(plan.groups), plan.group_width
     out = empty_channels_last(x, plan.out_channels, plan.out_size(height), plan.out_size(width))
     buffer = empty_channels_last(x, plan.total_channels, height, width) if keep else x.new_empty(0)
-    z = x.new_empty((groups, images, height, width, k)) if keep and plan.bottleneck else x.new_empty(0)
+    z = x.new_empty((groups, images, height, width, k)) if keep_inner and plan.bottleneck else x.new_empty(0)
     precise = statistics_dtype(x.dtype)
     sizes = [plan.normalized_channels] * 2 + [groups * k if plan.bottleneck else 0] * 2
-    return [out, buffer, z, *(x.new_empty(size if batch_statistics else 0, dtype=precise) for size in sizes)]
+    statistics = [x.new_empty(size if batch_statistics else 0, dtype=precise) for size in sizes]
+    ranks = process_group(group).size() if group and batch_statistics else 0
+    return [out, buffer, z, *statistics, x.new_empty(ranks, dtype=torch.float64)]
 
 
 @torch.library.custom_op("seqconv_triton::stage_forward", mutates_args=())
@@ -149,27 +72,34 @@ def stage_forward(
     eps: float,
     batch_statistics: bool,
     keep: bool,
+    keep_inner: bool,
+    group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     decoded = Plan.decode(plan)
-    out, buffer, z, *batch = _allocate_forward(x, decoded, batch_statistics, keep)
+    out, buffer, z, *batch, counts = _allocate_forward(x, decoded, batch_statistics, keep, keep_inner, group)
     parameters = StageParameters(
         reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
     )
-    statistics = Statistics(*batch) if batch_statistics else Statistics(mean, var, reduce_mean, reduce_var)  # type: ignore[arg-type]
+    statistics = Statistics(*batch) if batch_statistics else Statistics(mean, var, reduce_mean, reduce_var)
     if x.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
+        # Triton launches on the current device.
+        with torch.cuda.device_of(x), profiled("stage_forward", decoded):
+            across = None
+            if group and batch_statistics:
+                across = AcrossRanks.meet(group, x)
+                counts.copy_(across.counts)
             implementation(backend).stage_forward(
                 x, shortcut, parameters, statistics, batch_statistics, mask, decoded, eps,
-                out, buffer if keep else None, z if keep and decoded.bottleneck else None,
+                out, buffer if keep else None, z if keep_inner and decoded.bottleneck else None, across,
             )  # fmt: skip
-    return out, buffer, z, *batch  # type: ignore[return-value]
+    return out, buffer, z, *batch, counts  # type: ignore[return-value]
 
 
 @stage_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    plan, _, batch_statistics, keep, _ = arguments[-5:]
-    return tuple(_allocate_forward(x, Plan.decode(plan), batch_statistics, keep))
+    plan, _, batch_statistics, keep, keep_inner, group, _ = arguments[-7:]
+    return tuple(_allocate_forward(x, Plan.decode(plan), batch_statistics, keep, keep_inner, group))
 
 
 def _allocate_backward(
@@ -201,15 +131,17 @@ def stage_backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     tail_weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     reduce_mean: Tensor | None,
     reduce_var: Tensor | None,
     mask: Tensor | None,
+    counts: Tensor,
     plan: str,
     eps: float,
     batch_statistics: bool,
     has_shortcut: bool,
+    group: str,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -223,18 +155,19 @@ def stage_backward(
             gradient.zero_()
         return tuple(gradients)  # type: ignore[return-value]
     wanted = [None if g.numel() == 0 else g for g in gradients]
-    with torch.cuda.device_of(buffer):
+    across = AcrossRanks(process_group(group), counts) if group and batch_statistics else None
+    with torch.cuda.device_of(buffer), profiled("stage_backward", decoded):
         implementation(backend).stage_backward(
-            d_out, d_buffer, buffer, z if decoded.bottleneck else None, parameters,
+            d_out, d_buffer, buffer, z if z.numel() else None, parameters,
             Statistics(mean, var, reduce_mean, reduce_var), batch_statistics, mask, decoded, eps,
-            StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])),  # type: ignore[arg-type]
+            StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])), across,  # type: ignore[arg-type]
         )  # fmt: skip
     return tuple(gradients)  # type: ignore[return-value]
 
 
 @stage_backward.register_fake
 def _(d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    plan, _, _, has_shortcut, needs, _ = arguments[-6:]
+    plan, _, _, has_shortcut, _, needs, _ = arguments[-7:]
     parameters = StageParameters(*arguments[:PARAMETERS])
     return tuple(_allocate_backward(buffer, parameters, Plan.decode(plan), has_shortcut, needs))
 
@@ -242,14 +175,14 @@ def _(d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, shortcut, *rest = inputs
     parameters, running, (mask, *scalars) = rest[:PARAMETERS], rest[PARAMETERS : PARAMETERS + 4], rest[PARAMETERS + 4 :]
-    plan, eps, batch_statistics, keep, backend = scalars
-    _, buffer, z, *batch = output
+    plan, eps, batch_statistics, keep, _, group, backend = scalars
+    _, buffer, z, *batch, counts = output
     assert keep, "stage_forward keeps no buffer, so that it has no backward"
     statistics = batch if batch_statistics else running
-    ctx.save_for_backward(buffer, z, *parameters, *statistics, mask)
-    ctx.scalars = plan, eps, batch_statistics, shortcut is not None
+    ctx.save_for_backward(buffer, z, *parameters, *statistics, mask, counts)
+    ctx.scalars = plan, eps, batch_statistics, shortcut is not None, group
     ctx.backend = backend
-    ctx.mark_non_differentiable(z, *batch)
+    ctx.mark_non_differentiable(z, *batch, counts)
     ctx.set_materialize_grads(False)
 
 
@@ -261,7 +194,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None)
         d_out, d_buffer, *ctx.saved_tensors, *ctx.scalars, needs, ctx.backend
     )
     given = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-    return (*given, *(None,) * 10)
+    return (*given, *(None,) * 12)
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:

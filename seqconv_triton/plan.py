@@ -7,6 +7,7 @@ from `residual_start` on (paper, sections 3.1 to 3.3). Nothing here knows torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -173,6 +174,19 @@ class Plan:
             residual, end = start, end + layer.out_channels
 
     @property
+    def is_single_layer(self) -> bool:
+        """Whether this is one layer and nothing else, whose raw output others may see and add to."""
+        return len(self.layers) == 1 and self.tail is None
+
+    @cached_property
+    def foldable_groups(self) -> tuple[int, ...]:
+        """Groups with nothing between their 3×3 conv and its BN and whose raw output no shortcut passes on."""
+        passed_on = {group.residual_start for group in self.groups}
+        return tuple(
+            j for j, group in enumerate(self.groups) if group.residual_start is None and self.slot(j) not in passed_on
+        )
+
+    @property
     def entry_groups(self) -> int:
         """Groups of the network's first layer, at the front of the buffer; dropout leaves them alone."""
         return sum(layer.out_channels // self.group_width for layer in self.layers if layer.entry)
@@ -239,6 +253,13 @@ class Plan:
             return None
         inputs = self.read_channels * self.tail.repeats // self.tail.groups
         return (self.tail.out_channels, inputs, self.tail.kernel_size, self.tail.kernel_size)
+
+    def multiply_adds(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of one image's 1×1 convs, 3×3 convs and tail."""
+        pixels, behind = height * width, self.out_size(height) * self.out_size(width)
+        shapes = self.reduce_weight_shape, self.transform_weight_shape, self.tail_weight_shape
+        reduce, transform, tail = (0 if shape is None else math.prod(shape) for shape in shapes)
+        return reduce * pixels, transform * pixels, tail * behind
 
     def out_size(self, size: int) -> int:
         """Height or width behind the tail."""

@@ -79,4 +79,5 @@ class StemConv2d(nn.Conv2d):
         stride = self.stride[0]
         assert isinstance(stride, int)
         with no_autocast(x):
-            return torch.ops.seqconv_triton.stem_conv(x, weight, stride)
+            out: Tensor = torch.ops.seqconv_triton.stem_conv(x, weight, stride)
+            return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]

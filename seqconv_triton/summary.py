@@ -142,10 +142,7 @@ def _row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Row:
         row.norm_outputs = row.relu_outputs = out[0].numel()
     elif isinstance(module, PackedSeqConv):
         plan, pixels = module.plan, image[0] * image[1]
-        weights = sum(w.numel() for w in (module.reduce_weight, module.transform_weight) if w is not None)
-        row.multiply_adds = weights * pixels
-        if module.tail_weight is not None:
-            row.multiply_adds += module.tail_weight.numel() * out.shape[2] * out.shape[3]
+        row.multiply_adds = sum(plan.multiply_adds(*image))
         behind = len(plan.groups) * plan.group_width if plan.bottleneck else 0
         row.norm_outputs = row.relu_outputs = (plan.normalized_channels + behind) * pixels
         row.plan = plan

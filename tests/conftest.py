@@ -1,7 +1,11 @@
-"""Every test runs in deterministic mode: torch then fills uninitialised memory with NaN, so nothing unwritten hides."""
+"""Every test runs in deterministic mode: torch then fills uninitialised memory with NaN, so nothing unwritten hides.
+
+`place` runs a test on the CPU, in Triton's interpreter and on a GPU, as far as the machine has them.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -12,6 +16,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 
+PLACES = {"cpu": ("aten", "cpu"), "interpreter": ("triton", "cpu"), "gpu": ("triton", "cuda")}
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
@@ -20,3 +26,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name == "gpu" else ()) for name in PLACES])
+def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of a place, with its backend in use."""
+    import seqconv_triton as sct
+
+    backend, device = PLACES[request.param]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if request.param == "interpreter" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    with sct.use_backend(backend):
+        yield torch.device(device)

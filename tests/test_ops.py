@@ -32,7 +32,7 @@ def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = Tru
     mask = stage.draw_mask(x)
     return (
         *(x, shortcut, *parameters, *(statistics or (None,) * 4), mask),
-        *(plan.encode(), 1e-5, statistics is None, keep, "aten"),
+        *(plan.encode(), 1e-5, statistics is None, keep, keep, "", "aten"),
     )
 
 
@@ -62,8 +62,8 @@ def test_opcheck_backward(case: str, training: bool, needed: bool) -> None:
     x, shortcut, *rest = (
         a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, torch.float32)
     )
-    out, buffer, z, *batch = torch.ops.seqconv_triton.stage_forward(x, shortcut, *rest)
-    parameters, running, (mask, plan, eps, batch_statistics, _, backend) = rest[:7], rest[7:11], rest[11:]
+    out, buffer, z, *batch, counts = torch.ops.seqconv_triton.stage_forward(x, shortcut, *rest)
+    parameters, running, (mask, plan, eps, batch_statistics, *_, backend) = rest[:7], rest[7:11], rest[11:]
     statistics = batch if batch_statistics else running
     if parameters[0] is None:  # basic layers have no 1×1 statistics
         statistics = (*statistics[:2], None, None)
@@ -71,7 +71,7 @@ def test_opcheck_backward(case: str, training: bool, needed: bool) -> None:
         torch.ops.seqconv_triton.stage_backward.default,
         (
             *(torch.randn_like(out), torch.randn_like(buffer) if needed else None, buffer, z, *parameters),
-            *(*statistics, mask, plan, eps, batch_statistics, shortcut is not None, [needed] * 9, backend),
+            *(*statistics, mask, counts, plan, eps, batch_statistics, shortcut is not None, "", [needed] * 9, backend),
         ),
     )
 

@@ -40,10 +40,14 @@ class StageParameters(NamedTuple):
 class Statistics(NamedTuple):
     """Mean and biased variance of every BN of a stage: running ones going in, a batch's coming out."""
 
-    mean: Tensor  # [plan.normalized_channels]
-    var: Tensor
+    mean: Tensor | None  # [plan.normalized_channels]
+    var: Tensor | None
     reduce_mean: Tensor | None  # [J·k]
     reduce_var: Tensor | None
+
+
+# BN without statistics, as `fuse` leaves it: a channel's weight and bias are its scale and shift.
+FOLDED = Statistics(None, None, None, None)
 
 
 class StageGradients(NamedTuple):
@@ -67,11 +71,15 @@ class WantedGradients(NamedTuple):
 
 
 class StageOutput(NamedTuple):
-    """What a stage gives: `out` behind the tail (raw) or activated, the raw buffer if asked for, batch statistics."""
+    """What a stage gives: `out` behind the tail (raw) or activated, the raw buffer if asked for, batch statistics.
+
+    `counts` holds every rank's number of pixels where the statistics are those of a process group.
+    """
 
     out: Tensor
     buffer: Tensor | None
     statistics: Statistics | None
+    counts: Tensor | None = None
 
 
 class use_backend:
@@ -101,9 +109,14 @@ class use_backend:
 
 
 def backend_for(x: Tensor) -> str:
-    """The chosen backend, or the default of the tensor's device: triton on a GPU that has it, aten elsewhere."""
+    """The chosen backend, or the default of the tensor's device: triton on a GPU that has it, aten elsewhere.
+
+    What is exported becomes a graph of PyTorch's own ops ("traced"), so that whoever loads it needs nothing of ours.
+    """
     if _chosen is not None:
         return _chosen
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "traced"
     return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "aten"
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
+from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.aten_evaluation import evaluate
 from seqconv_triton.backend.aten_parts import Images, Norm, norms, pixels, tail_convolution, window_rows
 from seqconv_triton.backend.packing import group_masks, transform_weights
@@ -33,6 +34,7 @@ def stage_forward(
     out: Tensor,
     buffer: Tensor | None,
     z: Tensor | None,
+    across: AcrossRanks | None = None,
 ) -> None:
     """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
     if buffer is None and not batch_statistics and x.dtype in (torch.float32, torch.float64):
@@ -41,7 +43,7 @@ def stage_forward(
         return
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(x)
-    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics)
+    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
     transform = transform_weights(parameters.transform_weight, plan)
     reduce = window_rows(parameters.reduce_weight, plan)
@@ -110,11 +112,15 @@ def stage_backward(
     plan: Plan,
     eps: float,
     gradients: StageGradients,
+    across: AcrossRanks | None = None,
 ) -> None:
-    """Fill every gradient that `gradients` asks for, from the raw buffer, z and the statistics of the forward pass."""
+    """Fill every gradient that `gradients` asks for, from the raw buffer, z and the statistics of the forward pass.
+
+    Without z (gradient checkpointing) each group's is computed again when its turn comes.
+    """
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(buffer)
-    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics)
+    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels
     transform = transform_weights(parameters.transform_weight, plan)
     wanted = gradients.parameters
@@ -164,8 +170,7 @@ def stage_backward(
             if reduce_norm is None:
                 u = images(window)
             else:
-                assert z is not None
-                raw_z = z[j].permute(0, 3, 1, 2)
+                raw_z = images(torch.mm(window, reduce[j].t())) if z is None else z[j].permute(0, 3, 1, 2)
                 u = reduce_norm.apply(raw_z, j * k).relu_()
             du, dw, _ = aten.convolution_backward(
                 dy, u, transform[j], None, [1, 1], [1, 1], [1, 1], False, [0, 0], subgroups,

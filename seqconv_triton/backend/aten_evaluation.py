@@ -37,6 +37,7 @@ def fold(
 ) -> Folded:
     """Fold once for all images; `added`: a shortcut from outside comes between every 3×3 conv and its BN."""
     k = plan.group_width
+    done = statistics.mean is None  # by `fuse`
     norm, reduce_norm = norms(parameters, statistics, eps, batch=False)
     scale, shift = (vector.to(dtype) for vector in norm.fold())
     missing = plan.total_channels - plan.normalized_channels
@@ -46,17 +47,18 @@ def fold(
     reduce_shift: tuple[Tensor, ...] = ()
     if reduce_norm is not None:
         reduce_scale, shifts = (vector.to(dtype).split(k) for vector in reduce_norm.fold())
-        rows = window_rows(parameters.reduce_weight, plan)
-        reduce = tuple(weight * own[:, None] for weight, own in zip(rows, reduce_scale, strict=True))
+        reduce = window_rows(parameters.reduce_weight, plan)
+        if not done:
+            reduce = tuple(weight * own[:, None] for weight, own in zip(reduce, reduce_scale, strict=True))
         reduce_shift = tuple(shifts)
-    awaited = {group.residual_start for group in plan.groups}
     transform = list(transform_weights(parameters.transform_weight, plan))
     transform_shift: list[Tensor | None] = [None] * len(transform)
-    for j, group in enumerate(plan.groups):
-        c = plan.slot(j)
-        if not added and group.residual_start is None and c not in awaited:
-            transform[j] = transform[j] * scale[c : c + k, None, None, None]
-            transform_shift[j] = shift[c : c + k]
+    # `fuse` leaves room for the shortcut that a single layer may be given.
+    for j in () if added or (done and plan.is_single_layer) else plan.foldable_groups:
+        own = slice(plan.slot(j), plan.slot(j) + k)
+        if not done:
+            transform[j] = transform[j] * scale[own, None, None, None]
+        transform_shift[j] = shift[own]
     return Folded(scale, shift, reduce, reduce_shift, tuple(transform), tuple(transform_shift))
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.packing import window_weights
 from seqconv_triton.plan import Plan, Tail
 
@@ -35,8 +36,20 @@ class Images:
 class Norm:
     """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, batch: bool) -> None:
-        self.weight, self.bias, self.mean, self.var, self.eps, self.batch = weight, bias, mean, var, eps, batch
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        batch: bool,
+        across: AcrossRanks | None,
+    ) -> None:
+        if mean is None or var is None:
+            mean, var = torch.zeros_like(bias), torch.ones_like(bias)
+        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
+        self.batch, self.across = batch, across
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """scale and shift with BN(x) = scale·x + shift."""
@@ -48,6 +61,10 @@ class Norm:
         if not self.batch:
             return self.apply(raw, start)
         channels = slice(start, start + raw.shape[1])
+        if self.across is not None:
+            var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
+            self.mean[channels], self.var[channels] = self.across.statistics(mean, var)
+            return self.apply(raw, start)
         weight, bias = self.weight[channels], self.bias[channels]
         out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
         self.mean[channels] = mean
@@ -67,27 +84,29 @@ class Norm:
         channels = slice(start, start + raw.shape[1])
         mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
         inverse = (var + self.eps).rsqrt()
+        if self.batch and self.across is not None:
+            precise = grad.to(mean.dtype)
+            normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
+            sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
+            d_bias[channels], d_weight[channels] = sums
+            mean_g, mean_gx = self.across.means(sums)[:, :, None, None].unbind()
+            return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
         d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
             grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
         )
         return d_raw
 
 
-def norms(parameters: StageParameters, statistics: Statistics, eps: float, batch: bool) -> tuple[Norm, Norm | None]:
+def norms(
+    parameters: StageParameters, statistics: Statistics, eps: float, batch: bool, across: AcrossRanks | None = None
+) -> tuple[Norm, Norm | None]:
     """The BNs over the buffer, and those behind the 1×1 convs."""
-    norm = Norm(parameters.norm_weight, parameters.norm_bias, statistics.mean, statistics.var, eps, batch)
-    if parameters.reduce_norm_weight is None:
+    p, s = parameters, statistics
+    norm = Norm(p.norm_weight, p.norm_bias, s.mean, s.var, eps, batch, across)
+    if p.reduce_norm_weight is None:
         return norm, None
-    assert parameters.reduce_norm_bias is not None
-    assert statistics.reduce_mean is not None and statistics.reduce_var is not None
-    return norm, Norm(
-        parameters.reduce_norm_weight,
-        parameters.reduce_norm_bias,
-        statistics.reduce_mean,
-        statistics.reduce_var,
-        eps,
-        batch,
-    )
+    assert p.reduce_norm_bias is not None
+    return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
 
 
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:

@@ -39,7 +39,8 @@ def group_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
 
 def empty_channels_last(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised [N, channels, height, width] tensor with channels-last strides, N and dtype as `like`."""
-    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return like.new_empty_strided((like.shape[0], channels, height, width), strides)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend import StageOutput, StageParameters, Statistics
+from seqconv_triton.backend import FOLDED, StageOutput, StageParameters, Statistics, across_ranks
 from seqconv_triton.backend.packing import group_masks, transform_weights, window_weights
 from seqconv_triton.plan import Layer, Plan
 
@@ -24,8 +24,19 @@ from seqconv_triton.plan import Layer, Plan
 class Norm:
     """The packed BNs of a stage, handed out in order: batch statistics are noted down, running ones are applied."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        folded: bool,
+        group: str,
+    ) -> None:
         self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
+        self.folded, self.group = folded, group
+        self.count: Tensor | None = None
         self.start = 0
         self.batch: list[tuple[Tensor, Tensor]] = []
 
@@ -38,14 +49,19 @@ class Norm:
             return F.relu(
                 F.batch_norm(raw, self.mean[channels], self.var[channels], weight, bias, False, 0.0, self.eps)
             )
-        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
-        self.batch.append((mean.detach(), inverse.detach()))
+        if self.folded:
+            scale, shift = weight.to(raw.dtype), bias.to(raw.dtype)
+            return F.relu(raw * scale[:, None, None] + shift[:, None, None])
+        if self.group:
+            out, mean, var, self.count = across_ranks.batch_norm(raw, weight, bias, self.eps, self.group)
+        else:
+            out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+            var = (inverse.detach().pow(-2) - self.eps).clamp_min(0)
+        self.batch.append((mean.detach(), var))
         return F.relu(out)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        mean = torch.cat([mean for mean, _ in self.batch])
-        inverse = torch.cat([inverse for _, inverse in self.batch])
-        return mean, (inverse.pow(-2) - self.eps).clamp_min(0)
+        return torch.cat([mean for mean, _ in self.batch]), torch.cat([var for _, var in self.batch])
 
 
 class Groups:
@@ -99,13 +115,17 @@ def stage(
     plan: Plan,
     eps: float,
     keep_buffer: bool,
+    group: str,
 ) -> StageOutput:
-    """All layers of a stage, then its tail. `statistics` None means batch statistics."""
-    running = (None, None, None, None) if statistics is None else statistics
-    norm = Norm(parameters.norm_weight, parameters.norm_bias, running[0], running[1], eps)
+    """All layers of a stage, then its tail. `statistics` None means the batch's, with `group` that of all its ranks."""
+    running = FOLDED if statistics is None else statistics
+    kind = statistics is not None and statistics.mean is None, group if statistics is None else ""
+    norm = Norm(parameters.norm_weight, parameters.norm_bias, running[0], running[1], eps, *kind)
     reduce_norm = None
     if parameters.reduce_norm_weight is not None and parameters.reduce_norm_bias is not None:
-        reduce_norm = Norm(parameters.reduce_norm_weight, parameters.reduce_norm_bias, running[2], running[3], eps)
+        reduce_norm = Norm(
+            parameters.reduce_norm_weight, parameters.reduce_norm_bias, running[2], running[3], eps, *kind
+        )
     groups = Groups(parameters, plan, mask)
 
     raw, activated = x, norm.activate(x) if plan.raw_input else x
@@ -130,4 +150,4 @@ def stage(
     if statistics is None:
         reduce_mean, reduce_var = reduce_norm.statistics() if reduce_norm is not None else (None, None)
         batch = Statistics(*norm.statistics(), reduce_mean, reduce_var)
-    return StageOutput(out, torch.cat(raws, 1) if keep_buffer else None, batch)
+    return StageOutput(out, torch.cat(raws, 1) if keep_buffer else None, batch, norm.count)

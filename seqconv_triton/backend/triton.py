@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
+from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.packing import empty_channels_last, group_masks, transform_weights, window_weights
 from seqconv_triton.backend.triton_parts import (
     Geometry,
     Norms,
     channels_last,
     rows,
+    share_gradients,
+    share_statistics,
     slots,
     tables,
     taps_first,
@@ -56,6 +59,7 @@ def stage_forward(
     out: Tensor,
     buffer: Tensor | None,
     z: Tensor | None,
+    across: AcrossRanks | None = None,
 ) -> None:
     """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
     check(x)
@@ -82,6 +86,7 @@ def stage_forward(
 
     if scratch is not None and plan.raw_input:
         input_statistics(raw[:, :width], norms.main[:, :width], scratch, eps)
+        share_statistics(norms.main[:, :width], across, eps)
     for j, group in enumerate(plan.groups):
         given, start, shape = source, group.window_start, geometry.windows[j]
         group_mask = None if masks is None else masks[j]
@@ -90,6 +95,7 @@ def stage_forward(
             convolution(
                 given, start, reduce[j], shape, own, mask=group_mask, norm=inner_norms[j], scratch=scratch, eps=eps
             )  # fmt: skip
+            share_statistics(inner_norms[j], across, eps)
             given, start, shape, group_mask = Features(own, inner_scales[j], inner_shifts[j]), 0, geometry.inside, None
         own_shortcut = None
         if added is not None:
@@ -101,6 +107,7 @@ def stage_forward(
             given, start, transform[j], shape, own_slots[j], mask=group_mask, shortcut=own_shortcut,
             norm=own_norms[j], scratch=scratch, eps=eps,
         )  # fmt: skip
+        share_statistics(own_norms[j], across, eps)
 
     first = plan.total_channels - plan.read_channels
     if batch_statistics:
@@ -125,9 +132,11 @@ def stage_backward(
     plan: Plan,
     eps: float,
     gradients: StageGradients,
+    across: AcrossRanks | None = None,
 ) -> None:
     """Fill every gradient that `gradients` asks for, from the raw buffer, z and the statistics of the forward pass.
 
+    Without z (gradient checkpointing) that of all groups is computed again first.
     Beside what it is given it holds, at its peak, dy and dz of all groups (2·J·k channels; J·k in basic layers), two
     groups' g, the tail's gradient and the weights' partial sums.
     """
@@ -147,6 +156,8 @@ def stage_backward(
     dy = buffer.new_empty((count, pixels, k))
     dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else dy
     z_rows = None if z is None else z.view(count, pixels, k)
+    if z_rows is None and plan.bottleneck:
+        z_rows = _recompute_z(raw, parameters, norms, mask, plan, eps, geometry)
     own_z = () if z_rows is None else z_rows.unbind()
     own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
     inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
@@ -169,6 +180,8 @@ def stage_backward(
             fresh=fresh, mask=mask, upstream=outside, raw=own_raw, norm=norm,
             scratch=None if norm is None else scratch, batch=batch_statistics,
         )  # fmt: skip
+        if norm is not None and batch_statistics:
+            share_gradients(norm, across, eps)
 
     fresh = None  # the gradient of the group behind the one that is pulled
     for j in reversed(range(count)):
@@ -184,6 +197,8 @@ def stage_backward(
             dy, transform, geometry.inside, inside, (j, j + 1), 0, k, behind_inner, eps, windows=False,
             fresh=fresh, raw=own_z[j], norm=inner_norms[j], scratch=scratch, batch=batch_statistics,
         )  # fmt: skip
+        if batch_statistics:
+            share_gradients(inner_norms[j], across, eps)
         fresh = Fresh(behind_inner, own_z[j], inner_norms[j])
     _to_input(pull, fresh, dy, dz, raw, d_raw, norms, receivers, plan, gradients)
 
@@ -198,6 +213,22 @@ def stage_backward(
         assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
         wanted.reduce_norm_weight.copy_(norms.inner[D_WEIGHT])
         wanted.reduce_norm_bias.copy_(norms.inner[D_BIAS])
+
+
+def _recompute_z(
+    raw: Tensor, parameters: StageParameters, norms: Norms, mask: Tensor | None, plan: Plan, eps: float,
+    geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    """z [J, P, k] again, from the raw buffer."""
+    assert parameters.reduce_weight is not None
+    weights = window_weights(parameters.reduce_weight, plan, 1)
+    source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
+    masks = None if mask is None else group_masks(mask, plan)
+    z = raw.new_empty((len(plan.groups), raw.shape[0], plan.group_width))
+    for j, group in enumerate(plan.groups):
+        own_mask = None if masks is None else masks[j]
+        convolution(source, group.window_start, weights[j], geometry.windows[j], z[j], mask=own_mask, eps=eps)
+    return z
 
 
 def _through_tail(

@@ -8,8 +8,23 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.packing import empty_channels_last, window_weights
-from seqconv_triton.kernels.launch import BIAS, FORWARD_ROWS, MEAN, SCALE, SHIFT, VAR, WEIGHT, ConvShape
+from seqconv_triton.kernels.launch import (
+    BIAS,
+    D_BIAS,
+    D_WEIGHT,
+    FORWARD_ROWS,
+    MEAN,
+    SCALE,
+    SHIFT,
+    VAR,
+    WEIGHT,
+    A,
+    B,
+    C,
+    ConvShape,
+)
 from seqconv_triton.plan import Plan
 
 
@@ -122,6 +137,7 @@ class Norms:
 
     def store(self, statistics: Statistics) -> None:
         """Hand the batch's statistics out."""
+        assert statistics.mean is not None and statistics.var is not None
         statistics.mean.copy_(self.main[MEAN, self.offset :])
         statistics.var.copy_(self.main[VAR, self.offset :])
         if self.inner is not None:
@@ -140,12 +156,30 @@ def _vectors(
     rows: int,
     offset: int,
 ) -> Tensor:
-    assert bias is not None and mean is not None and var is not None
+    assert bias is not None
     vectors = weight.new_empty((rows, offset + weight.shape[0]), dtype=torch.float32)
     own = vectors[:, offset:]
     own[WEIGHT], own[BIAS] = weight, bias
-    if known:
+    if mean is None or var is None:
+        own[MEAN], own[VAR], own[SCALE], own[SHIFT] = 0, 1, weight, bias
+    elif known:
         own[MEAN], own[VAR] = mean, var
         torch.mul(weight, (var + eps).rsqrt(), out=own[SCALE])
         torch.sub(bias, own[SCALE] * mean, out=own[SHIFT])
     return vectors
+
+
+def share_statistics(norm: Tensor, across: AcrossRanks | None, eps: float) -> None:
+    """Replace this rank's batch statistics in a BN's vectors by those of all ranks."""
+    if across is not None:
+        norm[MEAN], norm[VAR] = across.statistics(norm[MEAN], norm[VAR])
+        torch.mul(norm[WEIGHT], (norm[VAR] + eps).rsqrt(), out=norm[SCALE])
+        torch.sub(norm[BIAS], norm[SCALE] * norm[MEAN], out=norm[SHIFT])
+
+
+def share_gradients(norm: Tensor, across: AcrossRanks | None, eps: float) -> None:
+    """Make BN's backward dx = a·g + b·x + c that of all ranks; the affine's gradients stay this rank's own."""
+    if across is not None:
+        mean_gx, mean_g = across.means(norm[D_WEIGHT : D_BIAS + 1])
+        torch.mul(norm[A] * -mean_gx, (norm[VAR] + eps).rsqrt(), out=norm[B])
+        torch.sub(norm[A] * -mean_g, norm[B] * norm[MEAN], out=norm[C])

@@ -35,8 +35,10 @@ class Entry(NamedTuple):
     counter: bool = False
 
 
-def _unit(name: str, weight: Tensor, norm: nn.BatchNorm2d, start: int, count: int) -> Iterator[Entry]:
+def _unit(name: str, weight: Tensor, norm: nn.Module, start: int, count: int) -> Iterator[Entry]:
     """A published conv-BN unit: `weight`, and channels [start, start + count) of `norm`."""
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise ValueError("model is folded (seqconv_triton.fuse): it has no statistics; use the model it was made from")
     yield Entry(f"{name}.LinearLayer.weight", weight)
     for vector in VECTORS:
         yield Entry(f"{name}.BatchNormalizationLayer.{vector}", getattr(norm, vector)[start : start + count])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv_triton.checks import check_network_input
-from seqconv_triton.layers import Stage, fan_out_uniform_
+from seqconv_triton.layers import Affine, PackedSeqConv, Stage, fan_out_uniform_
 
 
 class Backbone(nn.Module):
@@ -23,6 +23,7 @@ class Backbone(nn.Module):
 
     def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:
         super().__init__()
+        self.norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.num_features = stages[-1].plan.out_channels
@@ -87,6 +88,12 @@ class Backbone(nn.Module):
                 x = stage(x)
         features = [taken[i] for i in chosen]
         return features if intermediates_only else (F.relu(self.norm(x), inplace=True), features)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Gradient checkpointing: the 1×1 convs' outputs are not kept for backward, but computed again."""
+        for module in self.modules():
+            if isinstance(module, PackedSeqConv):
+                module.recompute = enable
 
     def get_classifier(self) -> nn.Module:
         return self.classifier

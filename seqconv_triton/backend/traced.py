@@ -1,0 +1,77 @@
+"""The evaluation pass as few plain, functional ops: what torch.export and ONNX exporters see.
+
+BN is folded as in the aten backend's evaluation; windows are concatenations, which a graph of values cannot avoid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.aten_evaluation import fold
+from seqconv_triton.backend.aten_parts import tail_convolution
+from seqconv_triton.backend.packing import group_masks
+from seqconv_triton.plan import Plan
+
+
+class Features:
+    """Activated features in the order of the buffer: the input, then every group's."""
+
+    def __init__(self, x: Tensor, k: int) -> None:
+        self.pieces, self.width, self.k = [x], x.shape[1], k
+
+    def window(self, start: int, width: int) -> Tensor:
+        """Channels [start, start + width); the paper's windows begin and end between two groups."""
+        before, stop = start - self.width, start + width - self.width
+        own = [piece for i, piece in enumerate(self.pieces[1:]) if before <= i * self.k < stop]
+        if before < 0:
+            x = self.pieces[0]
+            own.insert(0, x if start == 0 and stop >= 0 else x[:, start : start + width])
+        return own[0] if len(own) == 1 else torch.cat(own, 1)
+
+
+def evaluate(
+    x: Tensor,
+    shortcut: Tensor | None,
+    parameters: StageParameters,
+    statistics: Statistics,
+    mask: Tensor | None,
+    plan: Plan,
+    eps: float,
+) -> Tensor:
+    """What `functional.stage` gives with known statistics."""
+    k = plan.group_width
+    folded = fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
+    missing = plan.total_channels - plan.normalized_channels
+    sizes = [plan.in_channels] + [k] * len(plan.groups)
+    scales, shifts = (v[:, None, None].split(sizes) for v in (folded.scale, folded.shift))
+    masks = None if mask is None else group_masks(mask.to(x.dtype), plan)
+    awaited = {group.residual_start for group in plan.groups}
+    sources = {c: x[:, c : c + k] for c in awaited if c is not None and c < plan.in_channels}
+    features = Features(x if missing else torch.relu(x * scales[0] + shifts[0]), k)
+    subgroups = plan.subgroups if plan.bottleneck else 1
+    for j, group in enumerate(plan.groups):
+        seen = features.window(group.window_start, group.window_width)
+        if masks is not None:
+            seen = seen * masks[j][:, :, None, None]
+        if folded.reduce:
+            seen = torch.relu(F.conv2d(seen, folded.reduce[j][:, :, None, None], folded.reduce_shift[j]))
+        bias = folded.transform_shift[j]
+        y = F.conv2d(seen, folded.transform[j], bias, 1, 1, 1, subgroups)
+        if bias is None:
+            if shortcut is not None:
+                y = y + shortcut[:, j * k : (j + 1) * k]
+            elif group.residual_start is not None:
+                y = y + sources[group.residual_start]
+            sources[plan.slot(j)] = y
+            y = y * scales[j + 1] + shifts[j + 1]
+        features.pieces.append(torch.relu(y))
+    out = features.window(plan.total_channels - plan.read_channels, plan.read_channels)
+    if plan.tail is None:
+        return out
+    if masks is not None:
+        out = out * masks[-1][:, :, None, None]
+    assert parameters.tail_weight is not None
+    return tail_convolution(out, parameters.tail_weight, plan.tail)

@@ -1,0 +1,179 @@
+"""What the tests of data parallelism run in every rank: `torchrun tests/ranks.py <what> <folder>`; results as JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers import error, randomise
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import seqconv_triton as sct
+from seqconv_triton.training import checkpoint
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    return randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0), layer_b=0.3).to(DEVICE, dtype)
+
+
+def batch(images: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The same images, and upstream gradients, in every rank."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(images, 3, 8, 8, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(images, 10, generator=generator, dtype=torch.float64)
+    return x.to(DEVICE, dtype), upstream.to(DEVICE, dtype)
+
+
+def step(model: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Gradients of the parameters and of x, statistics afterwards."""
+    x = x.clone().requires_grad_()
+    (model(x) * upstream).sum().backward()
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    found = {f"gradient of {name}": p.grad for name, p in plain.named_parameters()}
+    return found | {"gradient of x": x.grad} | dict(plain.named_buffers())
+
+
+def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(error(got[name], value) for name, value in expected.items() if value.is_floating_point())
+
+
+def synchronised(backend: str, images: int, split: int, dtype: torch.dtype) -> float:
+    """Two ranks with [:split] and [split:] of a batch against one process with all of it: the worst error."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x, upstream = batch(images, dtype)
+    with sct.use_backend("reference"):
+        expected = step(network(), *batch(images))
+    own = slice(0, split) if rank == 0 else slice(split, None)
+    with sct.use_backend(backend):
+        model = sct.convert_sync_batchnorm(network(dtype))
+        # DistributedDataParallel averages gradients, and the loss is a sum.
+        got = step(DistributedDataParallel(model), x[own], ranks * upstream[own])
+    got["gradient of x"] = got["gradient of x"] / ranks
+    expected["gradient of x"] = expected["gradient of x"][own]
+    return worst(got, expected)
+
+
+def plain(backend: str) -> float:
+    """Plain DDP: each rank's BN sees its own images, gradients are the ranks' mean."""
+    rank = dist.get_rank()
+    x, upstream = batch(8)
+    halves = []
+    with sct.use_backend(backend):
+        for own in (slice(0, 4), slice(4, None)):
+            halves.append(step(network(), x[own], upstream[own]))
+        own = slice(4 * rank, 4 * rank + 4)
+        got = step(DistributedDataParallel(network(), broadcast_buffers=False), x[own], upstream[own])
+    expected = {
+        name: (halves[0][name] + halves[1][name]) / 2 if name.startswith("gradient") else halves[rank][name]
+        for name in halves[0]
+        if name != "gradient of x"
+    }
+    return worst(got, expected)
+
+
+def accumulated() -> float:
+    """Two micro-batches under no_sync and then one with it: the gradients add up."""
+    x, upstream = batch(8)
+    own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    model = DistributedDataParallel(network().eval())
+    with model.no_sync():
+        (model(x[own][:2]) * upstream[own][:2]).sum().backward()
+    (model(x[own][2:]) * upstream[own][2:]).sum().backward()
+    whole = network().eval()
+    (whole(x) * upstream).sum().backward()
+    expected = {name: p.grad / 2 for name, p in whole.named_parameters()}
+    return worst({name: p.grad for name, p in model.module.named_parameters()}, expected)
+
+
+def sharded() -> float:
+    """FSDP2: one step of SGD on sharded parameters equals the step of a whole model."""
+    x, upstream = batch(8)
+    own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    model, whole = network().eval(), network().eval()
+    mesh = torch.distributed.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    for stage in model.stages:
+        fully_shard(stage, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module, inputs, gradient in ((model, x[own], 2 * upstream[own]), (whole, x, upstream)):
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        (module(inputs) * gradient).sum().backward()
+        optimizer.step()
+    got = {name: p.full_tensor() for name, p in model.named_parameters()}
+    return worst(got, dict(whole.named_parameters()))
+
+
+def compiled() -> float:
+    """torch.compile around a synchronised model in DDP: the same gradients."""
+    rank = dist.get_rank()
+    x, upstream = batch(4)
+    own = slice(2 * rank, 2 * rank + 2)
+    eager, other = (DistributedDataParallel(sct.convert_sync_batchnorm(network())) for _ in range(2))
+    expected = step(eager, x[own], upstream[own])
+    x = x[own].clone().requires_grad_()
+    (torch.compile(other)(x) * upstream[own]).sum().backward()
+    got = {f"gradient of {name}": p.grad for name, p in other.module.named_parameters()}
+    return worst(got, {name: value for name, value in expected.items() if name in got})
+
+
+def parallel(folder: Path) -> None:
+    results = {}
+    for backend, dtype in (("reference", torch.float64), ("aten", torch.float64), ("triton", torch.float32)):
+        if backend == "triton" and os.environ.get("WITHOUT_TRITON"):
+            continue
+        results[f"sync {backend} halves"] = synchronised(backend, 4, 2, dtype)
+        results[f"sync {backend} uneven"] = synchronised(backend, 4, 1, dtype)
+    results["plain"] = plain("aten")
+    results["no_sync"] = accumulated()
+    results["fsdp"] = sharded()
+    results["compiled"] = compiled()
+    copies = copy.deepcopy(sct.convert_sync_batchnorm(network()))
+    results["keys"] = float(set(copies.state_dict()) != set(network().state_dict()))
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+
+
+def elastic(folder: Path) -> None:
+    """Three epochs with a checkpoint each; with a file `kill` one rank dies once, in the middle of the second."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(sct.convert_sync_batchnorm(network(torch.float32)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
+    path, first = folder / "last.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=DEVICE)
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epochs"]
+    with (folder / f"starts-{rank}").open("a") as file:
+        file.write(f"{first}\n")
+    for epoch in range(first, 3):
+        generator = torch.Generator().manual_seed(10 * epoch + rank)
+        for number in range(3):
+            x = torch.randn(4, 3, 8, 8, generator=generator).to(DEVICE)
+            labels = torch.randint(10, (4,), generator=generator).to(DEVICE)
+            if (folder / "kill").exists() and rank == 1 and (epoch, number) == (1, 1) and first == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+        if rank == 0:
+            state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
+            checkpoint.save(state, path)
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if torch.cuda.device_count() > 1 else "gloo")
+    {"parallel": parallel, "elastic": elastic}[sys.argv[1]](Path(sys.argv[2]))
+    dist.destroy_process_group()

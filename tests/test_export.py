@@ -1,0 +1,115 @@
+"""torch.export, AOTInductor and ONNX: what leaves Python must run where nothing of the model was built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import error, randomise
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+
+facility = pytest.mark.facility
+DYNAMIC = {"x": {0: torch.export.Dim.DYNAMIC}}
+
+LOAD = """
+import sys, torch
+kind, program, data, needs_ops = sys.argv[1:]
+if needs_ops == "True":
+    import seqconv_triton
+if kind == "export":
+    model = torch.export.load(program).module()
+else:
+    model = torch._inductor.aoti_load_package(program)
+inputs, outputs = torch.load(data)
+with torch.no_grad():
+    for x, expected in zip(inputs, outputs):
+        distance = ((model(x).double() - expected).norm() / expected.norm()).item()
+        assert distance < 1e-5, distance
+assert ("seqconv_triton" in sys.modules) == (needs_ops == "True")
+assert "seqconv_triton.models.cifar" not in sys.modules or needs_ops == "True"
+"""
+
+
+def small() -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A folded evaluation model, inputs of several batch sizes, and the float64 outputs."""
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True)).eval()
+    inputs = [torch.randn(n, 3, 8, 8) for n in (2, 1, 5)]
+    with torch.no_grad():
+        outputs = [model.double()(x.double()) for x in inputs]
+    return sct.fuse(model.float()), inputs, outputs
+
+
+def run_elsewhere(tmp_path: Path, kind: str, program: Path, inputs: object, outputs: object, needs_ops: bool) -> None:
+    data = tmp_path / "data.pt"
+    torch.save((inputs, outputs), data)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, kind, str(program), str(data), str(needs_ops)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@facility("torch.export, dynamic batch, loaded where the model was never built")
+def test_exported_program_is_plain_pytorch(tmp_path: Path) -> None:
+    model, inputs, outputs = small()
+    program = torch.export.export(model, (inputs[0],), dynamic_shapes=DYNAMIC)
+    assert not any("seqconv" in str(node.target) for node in program.graph.nodes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    run_elsewhere(tmp_path, "export", tmp_path / "model.pt2", inputs, outputs, needs_ops=False)
+
+
+@facility("torch.export with the fused ops kept (use_backend), loaded with the package imported")
+def test_exported_program_with_our_ops(tmp_path: Path) -> None:
+    model, inputs, outputs = small()
+    with sct.use_backend("aten"):
+        program = torch.export.export(model, (inputs[0],), dynamic_shapes=DYNAMIC)
+    assert sum("stage_forward" in str(node.target) for node in program.graph.nodes) == 3
+    torch.export.save(program, tmp_path / "model.pt2")
+    run_elsewhere(tmp_path, "export", tmp_path / "model.pt2", inputs, outputs, needs_ops=True)
+
+
+@facility("AOTInductor, dynamic batch, loaded where the model was never built")
+@pytest.mark.parametrize("fused_ops", [False, True], ids=["plain", "fused-ops"])
+def test_aot_inductor(tmp_path: Path, fused_ops: bool) -> None:
+    model, inputs, outputs = small()
+    with sct.use_backend("aten" if fused_ops else None), torch.no_grad():
+        program = torch.export.export(model, (inputs[0],), dynamic_shapes=DYNAMIC)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run_elsewhere(tmp_path, "aoti", Path(package), inputs, outputs, needs_ops=fused_ops)
+
+
+@facility("ONNX, dynamic batch and image size, run by ONNX Runtime")
+@pytest.mark.parametrize("folded", [True, False], ids=["fused", "with-statistics"])
+def test_onnx_runtime(tmp_path: Path, folded: bool) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True)).eval()
+    exported = sct.fuse(model) if folded else model
+    dims = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(exported, (torch.randn(2, 3, 16, 12),), path, dynamic_shapes=dims, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((2, 3, 16, 12), (1, 3, 8, 8), (5, 3, 9, 20)):
+        x = torch.randn(shape)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            expected = model(x)
+        assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert error(torch.from_numpy(logits), expected) < 1e-4
+
+
+def test_onnx_of_a_whole_network(tmp_path: Path) -> None:
+    """B22 as it is published: no name of ours is left in the graph."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = sct.fuse(sct.SeqResNetB22())
+    path = tmp_path / "b22.onnx"
+    torch.onnx.export(model, (torch.randn(1, 3, 64, 64),), path, dynamo=True, verbose=False)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert {"Conv", "Concat", "Relu"} <= operators
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}

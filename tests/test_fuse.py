@@ -1,0 +1,84 @@
+"""`fuse`: BN folded into weights and affines, the same function, its own state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import error, randomise
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+
+facility = pytest.mark.facility
+
+MODELS = {
+    "b22": (lambda: sct.SeqResNetB22(num_classes=7, dtype=torch.float64), 64),
+    "cifar": (lambda: sct.CifarSeqResNet(4, 2, dropout=0.2, dtype=torch.float64), 9),
+    "cifar-bottleneck-dense": (lambda: sct.CifarSeqResNet(4, 2, bottleneck=True, windowed=False).double(), 9),
+    "subgroups-repeated": (lambda: sct.SeqResNeXt24(num_classes=7, repeat_extension=True, dtype=torch.float64), 32),
+}
+
+
+@facility("sct.fuse: BN folded, state saved and loaded")
+@pytest.mark.parametrize("case", MODELS)
+def test_fused_model_is_the_same_function(case: str) -> None:
+    make, size = MODELS[case]
+    model = randomise(make(), layer_b=0.1)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    fused = sct.fuse(model)
+    assert model.training and not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    expected = model.eval()(x)
+    for backend in ("aten", "reference"):
+        with sct.use_backend(backend), torch.no_grad():
+            assert error(fused(x), expected) < 1e-12
+            assert error(fused.train()(x), expected) < 1e-12
+    features, expected_features = (m.forward_intermediates(x, intermediates_only=True) for m in (fused, model))
+    for got, wanted in zip(features, expected_features, strict=True):
+        assert error(got, wanted) < 1e-12
+    loaded = sct.fuse(make())
+    loaded.load_state_dict(fused.state_dict())
+    assert torch.equal(loaded(x), fused(x))
+    assert not any("running" in name for name in fused.state_dict())
+
+
+@facility("sct.fuse: BN folded, state saved and loaded")
+def test_fused_model_runs_here(place: torch.device) -> None:
+    model = randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, device=place)).eval()
+    x = torch.randn(2, 3, 8, 8, device=place)
+    with sct.use_backend("reference"):
+        expected = model.double()(x.double())
+    assert error(sct.fuse(model.float())(x), expected) < 1e-5
+
+
+def test_gradients_of_a_fused_model() -> None:
+    """Saliency maps of a deployed model: the input's gradient is the same function's."""
+    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dtype=torch.float64)).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    gradients = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (sct.fuse(model), model)]
+    assert error(*gradients) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"bottleneck": True, "subgroups": 2}], ids=["basic", "bottleneck"])
+def test_layer_keeps_room_for_a_shortcut(options: dict[str, object]) -> None:
+    layer = randomise(sct.SeqConv2d(6, 8, 4, dtype=torch.float64, **options)).eval()
+    x, shortcut = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 8, 5, 5).double()
+    fused = sct.fuse(nn.Sequential(layer))[0]
+
+    def outputs(module: sct.SeqConv2d) -> list[Tensor]:
+        with torch.no_grad():
+            return [*module.forward_raw(x, shortcut), *module.forward_raw(x), module(x)]
+
+    for got, expected in zip(outputs(fused), outputs(layer), strict=True):
+        assert error(got, expected) < 1e-12
+
+
+def test_what_cannot_be_folded() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, not int"):
+        sct.fuse(3)
+    with pytest.raises(ValueError, match="no seqconv_triton layers"):
+        sct.fuse(nn.Linear(2, 2))
+    fused = sct.fuse(sct.CifarSeqResNet(4, 1))
+    with pytest.raises(ValueError, match="folded already"):
+        sct.fuse(fused)
+    with pytest.raises(ValueError, match="folded"):
+        sct.export_published(fused)

@@ -1,0 +1,113 @@
+"""Data parallelism with real processes: DDP, synchronised BN, FSDP2, elastic restarts. Their work is in ranks.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomise
+from torch import nn
+
+import seqconv_triton as sct
+
+facility = pytest.mark.facility
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker: they share a run of two processes
+HERE = Path(__file__).parent
+
+
+def torchrun(what: str, folder: Path, *options: str) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        environment["WITHOUT_TRITON"] = "1"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+            *("--rdzv-endpoint=localhost:0", *options, str(HERE / "ranks.py"), what, str(folder)),
+        ],
+        capture_output=True, text=True, check=False, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The worst error, over both ranks, of everything that ranks.py compares."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun("parallel", folder)
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+
+
+@facility("sct.convert_sync_batchnorm under DDP: two ranks equal one with the whole batch")
+@pytest.mark.parametrize("batch", ["halves", "uneven"])
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_synchronised_ranks_equal_one_process(errors: dict[str, float], backend: str, batch: str) -> None:
+    assert errors[f"sync {backend} {batch}"] < 1e-10
+    assert errors["keys"] == 0
+
+
+@facility("sct.convert_sync_batchnorm under DDP: two ranks equal one with the whole batch", "interpreter")
+@pytest.mark.parametrize("batch", ["halves", "uneven"])
+def test_synchronised_triton_ranks(errors: dict[str, float], batch: str) -> None:
+    if f"sync triton {batch}" not in errors:
+        pytest.skip("no interpreter here")
+    assert errors[f"sync triton {batch}"] < 2e-5
+
+
+@facility("DistributedDataParallel, each rank with its own statistics")
+def test_plain_ddp(errors: dict[str, float]) -> None:
+    assert errors["plain"] < 1e-12
+
+
+@facility("Gradient accumulation with no_sync")
+def test_gradient_accumulation(errors: dict[str, float]) -> None:
+    assert errors["no_sync"] < 1e-12
+
+
+@facility("FSDP2 (fully_shard)")
+def test_fully_sharded(errors: dict[str, float]) -> None:
+    assert errors["fsdp"] < 1e-12
+
+
+@facility("torch.compile of a synchronised DDP model")
+def test_compiled_ddp(errors: dict[str, float]) -> None:
+    assert errors["compiled"] < 1e-9
+
+
+@facility("A rank killed in mid-epoch: torchrun --max-restarts resumes and ends at the same weights")
+def test_killed_rank_resumes(tmp_path: Path) -> None:
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "killed" / "kill").touch()
+    for name in ("undisturbed", "killed"):
+        torchrun("elastic", tmp_path / name, "--max-restarts=1")
+    assert (tmp_path / "undisturbed" / "starts-0").read_text().split() == ["0"]
+    assert (tmp_path / "killed" / "starts-0").read_text().split() == ["0", "1"]
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("undisturbed", "killed")]
+    assert states[0]["epochs"] == states[1]["epochs"] == 3
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+
+
+def test_conversion_keeps_parameters_and_works_alone() -> None:
+    """Without a process group a converted model is the model it was."""
+    model = randomise(sct.CifarSeqResNet(4, 1, dropout=0.0))
+    other = randomise(sct.CifarSeqResNet(4, 1, dropout=0.0))
+    parameters = list(other.parameters())
+    converted = sct.convert_sync_batchnorm(other)
+    assert converted is other
+    assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))
+    assert not any(type(m) is nn.BatchNorm2d for m in other.modules())
+    x = torch.randn(2, 3, 8, 8)
+    for training in (True, False):
+        assert torch.equal(other.train(training)(x), model.train(training)(x))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    with pytest.raises(TypeError, match=r"module must be an nn\.Module, not list"):
+        sct.convert_sync_batchnorm([1])
