@@ -11,10 +11,10 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench gpu format clean
+.PHONY: help demo test facilities lint bench gpu format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  ARGS="..."     passed on to demo, test or bench:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
@@ -25,6 +25,9 @@ demo: $(READY) ## Train a small network on handwritten digits, with pictures in 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
 test: $(READY) ## Run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+facilities: $(READY) ## Run the tests behind docs/facilities.md and write its table
+	OMP_NUM_THREADS=2 $(VENV) tests/facilities.py $(ARGS)
 
 lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff format --check .

@@ -7,6 +7,7 @@ from seqconv_triton.layers import SeqConv2d, Stage
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
 from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.optim import parameter_groups
 from seqconv_triton.plan import Group, Plan
 from seqconv_triton.synchronize import convert_sync_batchnorm
 
@@ -26,5 +27,6 @@ __all__ = [
     "fuse",
     "list_models",
     "load_published",
+    "parameter_groups",
     "use_backend",
 ]

@@ -43,8 +43,8 @@ def test_fused_model_is_the_same_function(case: str) -> None:
 
 @facility("sct.fuse: BN folded, state saved and loaded")
 def test_fused_model_runs_here(place: torch.device) -> None:
-    model = randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, device=place)).eval()
-    x = torch.randn(2, 3, 8, 8, device=place)
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True, device=place)).eval()
+    x = torch.randn(2, 3, 4, 4, device=place)
     with sct.use_backend("reference"):
         expected = model.double()(x.double())
     assert error(sct.fuse(model.float())(x), expected) < 1e-5

@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
 ]
 
+facility = pytest.mark.facility
+
 STAGES = {
     "b42-stage-1": Plan.stage(128, 32, 1, extension=128, tail=Tail(256, 3, 2, 4)),
     "b42-stage-3": Plan.stage(512, 64, 1, extension=512, tail=Tail(1024, 3, 2, 8)),
@@ -59,6 +61,7 @@ def test_stage_follows_float64(case: str, training: bool, dtype: torch.dtype) ->
         assert error(got[name], value) <= 2 * error(rounded[name], value) + floor, name
 
 
+@facility("torch.use_deterministic_algorithms(True): two runs, the same bits")
 def test_two_runs_give_the_same_bits() -> None:
     stage = randomise(sct.Stage(STAGES["b42-stage-1"], device="cuda"))
     x = torch.randn(8, 128, 28, 28, device="cuda")
@@ -66,6 +69,7 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@facility("No host synchronisation in forward or backward")
 def test_nothing_waits_for_the_gpu() -> None:
     stage = randomise(sct.Stage(STAGES["b42-stage-1"], device="cuda"))
     x = torch.randn(8, 128, 28, 28, device="cuda")
@@ -77,6 +81,7 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@facility("CUDA graphs by hand: evaluation, make_graphed_callables, a captured training step")
 def test_evaluation_is_captured_as_a_graph(plain_memory: None) -> None:
     model = randomise(sct.SeqResNetB22(device="cuda")).eval().bfloat16()
     x = torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
@@ -87,6 +92,63 @@ def test_evaluation_is_captured_as_a_graph(plain_memory: None) -> None:
             out = model(x)
         graph.replay()
     assert torch.equal(out, expected)
+
+
+@facility("CUDA graphs by hand: evaluation, make_graphed_callables, a captured training step")
+def test_graphed_callable(plain_memory: None) -> None:
+    """Forward and backward of a training stage, captured by PyTorch's own helper."""
+    stage = randomise(sct.Stage(STAGES["b42-stage-1"], device="cuda"))
+    twin = copy.deepcopy(stage)
+    sample = torch.randn(4, 128, 14, 14, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(stage), (sample,))
+    x = torch.randn(4, 128, 14, 14, device="cuda", requires_grad=True)
+    out = graphed(x)
+    (got,) = torch.autograd.grad(out.square().sum(), x)
+    other = twin(x)
+    (expected,) = torch.autograd.grad(other.square().sum(), x)
+    assert torch.equal(out, other) and torch.equal(got, expected)
+
+
+@facility("CUDA graphs by hand: evaluation, make_graphed_callables, a captured training step")
+def test_training_step_is_captured_as_a_graph(plain_memory: None) -> None:
+    """Forward, backward and SGD in one graph, replayed: the loss goes as without a graph."""
+    start = sct.CifarSeqResNet(16, 1, bottleneck=True, dropout=0.0, device="cuda")
+    x = torch.randn(8, 3, 16, 16, device="cuda")
+    labels = torch.arange(8, device="cuda")
+
+    def stepper(model: nn.Module) -> tuple[object, Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        loss = torch.zeros((), device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            value = nn.functional.cross_entropy(model(x), labels)
+            value.backward()
+            optimizer.step()
+            loss.copy_(value.detach())
+
+        return step, loss
+
+    step, loss = stepper(copy.deepcopy(start))
+    expected = []
+    for _ in range(8):
+        step()
+        expected.append(loss.item())
+    step, loss = stepper(copy.deepcopy(start))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    got = []
+    for _ in range(5):
+        graph.replay()
+        got.append(loss.item())
+    assert got == pytest.approx(expected[3:], rel=1e-3)
 
 
 def test_twenty_steps_follow_the_reference() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo.testing
 from helpers import error, everything, randomise
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import seqconv_triton as sct
 from seqconv_triton.plan import Plan, Tail
+
+facility = pytest.mark.facility("opcheck with all its tests, every op, every dtype")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 STAGES = {
     "stage": (Plan.stage(8, 4, 1, extension=8, tail=Tail(16, 3, 2, 4)), 0.0),
@@ -23,6 +25,7 @@ STAGES = {
 def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = True) -> tuple[object, ...]:
     plan, dropout = STAGES[case]
     stage = randomise(sct.layers.PackedSeqConv(plan, dropout=dropout)).train(training)
+    stage = stage.double() if dtype == torch.float64 else stage
     for name in ("reduce_weight", "transform_weight", "tail_weight"):
         if getattr(stage, name) is not None:
             setattr(stage, name, torch.nn.Parameter(getattr(stage, name).to(dtype)))
@@ -36,7 +39,8 @@ def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = Tru
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@facility
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", STAGES)
 def test_opcheck_forward(case: str, training: bool, dtype: torch.dtype) -> None:
@@ -55,13 +59,12 @@ def test_opcheck_inference(case: str, training: bool) -> None:
     torch.library.opcheck(torch.ops.seqconv_triton.stage_forward.default, tuple(arguments))
 
 
+@facility
 @pytest.mark.parametrize("needed", [True, False])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("dtype", "training"), [*((d, True) for d in DTYPES), (torch.float32, False)], ids=str)
 @pytest.mark.parametrize("case", STAGES)
-def test_opcheck_backward(case: str, training: bool, needed: bool) -> None:
-    x, shortcut, *rest = (
-        a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, torch.float32)
-    )
+def test_opcheck_backward(case: str, dtype: torch.dtype, training: bool, needed: bool) -> None:
+    x, shortcut, *rest = (a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, dtype))
     out, buffer, z, *batch, counts = torch.ops.seqconv_triton.stage_forward(x, shortcut, *rest)
     parameters, running, (mask, plan, eps, batch_statistics, *_, backend) = rest[:7], rest[7:11], rest[11:]
     statistics = batch if batch_statistics else running
@@ -73,6 +76,8 @@ def test_opcheck_backward(case: str, training: bool, needed: bool) -> None:
             *(torch.randn_like(out), torch.randn_like(buffer) if needed else None, buffer, z, *parameters),
             *(*statistics, mask, counts, plan, eps, batch_statistics, shortcut is not None, "", [needed] * 9, backend),
         ),
+        atol=torch.finfo(dtype).eps * 100,
+        rtol=torch.finfo(dtype).eps * 100,
     )
 
 
@@ -160,33 +165,6 @@ def test_autocast_casts_convs_and_keeps_statistics(dtype: torch.dtype, backend: 
             assert value.dtype == exact[name].dtype, name
     assert 1e-6 < error(got["norm.running_mean"], exact["norm.running_mean"]) < 1e-2
     assert error(got["output 0"], exact["output 0"]) < 5e-2
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiled_equals_eager_in_one_graph(training: bool) -> None:
-    """One graph, forward and backward; every running statistic moves exactly once a step."""
-    torch._dynamo.reset()
-    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dropout=0.0), layer_b=0.1).train(training)
-    x = torch.randn(2, 3, 8, 8)
-    eager = everything(model, x, lambda m, t: [m(t)])
-    compiled = everything(model, x, lambda m, t: [torch.compile(m, fullgraph=True)(t)])
-    for name, value in eager.items():
-        assert error(compiled[name], value) < 1e-4, name
-    assert all(value == 1 for name, value in compiled.items() if name.endswith("num_batches_tracked")) == training
-
-
-def test_dynamic_batch_compiles_once() -> None:
-    torch._dynamo.reset()
-    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dropout=0.0)).eval()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        compiled(torch.randn(2, 3, 8, 8))
-        once = counter.frame_count
-        for batch, size in ((2, 8), (3, 8), (8, 8), (17, 16), (5, 11)):
-            x = torch.randn(batch, 3, size, size)
-            assert error(compiled(x), model(x)) < 1e-6
-    assert counter.frame_count == once
 
 
 def test_backends_nest_and_come_back() -> None:

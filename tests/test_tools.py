@@ -1,0 +1,130 @@
+"""PyTorch's tools around a model: operation counts, profiler ranges, deterministic mode, opcheck of every op."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import everything, randomise
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import seqconv_triton as sct
+from seqconv_triton.plan import Plan, Tail
+
+facility = pytest.mark.facility
+
+
+def stage_of(**options: object) -> nn.Module:
+    return randomise(sct.Stage(Plan.stage(8, 4, 1, extension=8, tail=Tail(16, 1), **options)))
+
+
+def flops(run: object, backend: str) -> int:
+    with sct.use_backend(backend), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@facility("FlopCounterMode counts the fused ops")
+@pytest.mark.parametrize(
+    "options", [{}, {"bottleneck": False}, {"windowed": False}], ids=["windowed", "basic", "dense"]
+)
+def test_operations_equal_those_of_plain_convs(options: dict[str, object]) -> None:
+    """The reference is made of PyTorch's own convs, which PyTorch counts (rightly where nothing is grouped)."""
+    stage = stage_of(**options)
+    x = torch.randn(2, 8, 5, 4, requires_grad=True)
+    for run in (lambda: stage(x.detach()), lambda: stage(x).sum().backward()):
+        assert flops(run, "aten") == flops(run, "reference") > 0
+    stage.requires_grad_(False)
+    assert flops(lambda: stage(x).sum().backward(), "aten") == 2 * flops(lambda: stage(x), "aten")
+
+
+@facility("FlopCounterMode counts the fused ops")
+def test_operations_of_a_network() -> None:
+    """Twice the multiply-adds that `info` prints; recomputing shows as the 1×1 convs once more."""
+    from seqconv_triton.summary import summarize
+
+    model = sct.SeqResNetB22().eval()
+    x = torch.randn(1, 3, 224, 224, device="meta")
+    assert flops(lambda: model.to("meta")(x), "aten") == 2 * summarize("seqresnet_b22").multiply_adds
+    stage = stage_of()
+    images = torch.randn(2, 8, 5, 4, requires_grad=True)
+    plain = flops(lambda: stage(images).sum().backward(), "aten")
+    stage.recompute = True
+    again = flops(lambda: stage(images).sum().backward(), "aten")
+    assert again - plain == 2 * 2 * stage.plan.multiply_adds(5, 4)[0]
+
+
+COUNT = """
+import torch, seqconv_triton as sct
+layer = sct.SeqConv2d(8, 8, 4)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    {call}(torch.randn(1, 8, 5, 5))
+print(counter.get_total_flops())
+"""
+
+
+@facility("FlopCounterMode counts the fused ops")
+def test_counter_that_is_imported_last() -> None:
+    """Importing the package does not import PyTorch's counter (it would import Triton), and yet it counts."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT.format(call="layer")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == 2 * sum(sct.SeqConv2d(8, 8, 4).plan.multiply_adds(5, 5))
+
+
+@facility("torch.profiler shows a named range for every stage")
+def test_profiler_ranges(place: torch.device) -> None:
+    stage = randomise(sct.Stage(Plan.stage(8, 8, 1, tail=Tail(16, 1)))).to(place)
+    x = torch.randn(2, 8, 3, 4, device=place)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        stage(x).sum().backward()
+    names = {event.key for event in seen.key_averages()}
+    assert {"stage_forward 8→16 k8 J2", "stage_backward 8→16 k8 J2"} <= names
+
+
+@facility("torch.use_deterministic_algorithms(True): two runs, the same bits")
+def test_two_runs_give_the_same_bits(place: torch.device) -> None:
+    assert torch.are_deterministic_algorithms_enabled()
+    stage = randomise(sct.Stage(Plan.stage(8, 8, 1, extension=8, tail=Tail(16, 3, 2, 2)))).to(place)
+    x = torch.randn(2, 8, 4, 5, device=place)
+    first, second = (everything(stage, x, lambda m, t: [m(t)]) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@facility("opcheck with all its tests, every op, every dtype")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_stem(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 5, 4).to(dtype).requires_grad_()
+    weight = torch.randn(4, 3, 3, 3).to(dtype).requires_grad_()
+    close = {"atol": torch.finfo(dtype).eps * 100, "rtol": torch.finfo(dtype).eps * 100}
+    for stride in (1, 2):
+        torch.library.opcheck(torch.ops.seqconv_triton.stem_conv.default, (x, weight, stride), **close)
+        out = torch.ops.seqconv_triton.stem_conv(x, weight, stride).detach()
+        for needs in ([True, True], [False, True], [True, False]):
+            torch.library.opcheck(
+                torch.ops.seqconv_triton.stem_conv_backward.default,
+                (torch.randn_like(out), x.detach(), weight.detach(), stride, needs), **close,
+            )  # fmt: skip
+
+
+@facility("opcheck with all its tests, every op, every dtype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("place", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_opcheck_stage(place: torch.device, dtype: torch.dtype) -> None:
+    stage = randomise(sct.Stage(Plan.stage(4, 4, 1, tail=Tail(4, 1)))).to(place)
+    parameters, _ = stage.parameters_and_statistics()
+    cast: list[Tensor | None] = [
+        p if p is None or "norm" in name else p.detach().to(dtype).requires_grad_()
+        for name, p in zip(parameters._fields, parameters, strict=True)
+    ]
+    x = torch.randn(2, 4, 2, 3, device=place).to(dtype).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.seqconv_triton.stage_forward.default,
+        (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, "", "triton"),
+        atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
+    )  # fmt: skip
