@@ -1,4 +1,4 @@
-"""`python tests/facilities.py`: runs the tests that show a facility of PyTorch, prints the table, writes it into docs."""
+"""`python tests/facilities.py`: runs the tests that show a facility of PyTorch; prints their table, also into docs."""
 
 from __future__ import annotations
 
