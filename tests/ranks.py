@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -174,6 +175,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.device_count() > 1 else "gloo")
-    {"parallel": parallel, "elastic": elastic}[sys.argv[1]](Path(sys.argv[2]))
+    work, folder = {"parallel": parallel, "elastic": elastic}[sys.argv[1]], Path(sys.argv[2])
+    # A meeting place for every attempt: in the agent's own store, gloo finds the addresses of ranks that are gone.
+    meeting = folder.resolve() / f"ranks-meet-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    dist.init_process_group(
+        "nccl" if torch.cuda.device_count() > 1 else "gloo", init_method=f"file://{meeting}",
+        rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=5),
+    )  # fmt: skip
+    work(folder)
     dist.destroy_process_group()

@@ -50,6 +50,15 @@ def test_fused_model_runs_here(place: torch.device) -> None:
     assert error(sct.fuse(model.float())(x), expected) < 1e-5
 
 
+@facility("sct.fuse: BN folded, state saved and loaded")
+def test_fused_model_compiles_in_one_graph() -> None:
+    """Also the stem, whose conv has a bias then."""
+    model = sct.fuse(randomise(sct.SeqResNetB22(num_classes=7)))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert error(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-5
+
+
 def test_gradients_of_a_fused_model() -> None:
     """Saliency maps of a deployed model: the input's gradient is the same function's."""
     model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dtype=torch.float64)).eval()

@@ -7,14 +7,13 @@ The raw buffer is channels-last; z, and in backward dz and dy, are group-blocked
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
 from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.packing import empty_channels_last, group_masks, transform_weights, window_weights
+from seqconv_triton.backend.triton_gradients import recompute_z, through_tail, to_input, weight_gradients
 from seqconv_triton.backend.triton_parts import (
     Geometry,
     Norms,
@@ -26,14 +25,12 @@ from seqconv_triton.backend.triton_parts import (
     tables,
     taps_first,
     taps_first_view,
-    taps_last_,
 )
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.data_gradient import Fresh, data_gradient
-from seqconv_triton.kernels.elementwise import activate, apply_gradient
+from seqconv_triton.kernels.elementwise import activate
 from seqconv_triton.kernels.launch import BACKWARD_ROWS, D_BIAS, D_WEIGHT, INTERPRETED, SCALE, SHIFT, Features, Scratch
 from seqconv_triton.kernels.statistics import input_statistics
-from seqconv_triton.kernels.weight_gradient import weight_gradient
 from seqconv_triton.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -148,7 +145,7 @@ def stage_backward(
     first = plan.total_channels - plan.read_channels
     upstream = None if d_out is None else rows(channels_last(d_out))
     if upstream is not None and geometry.tail is not None:
-        upstream = _through_tail(upstream, raw, parameters, norms, mask, plan, eps, geometry, gradients)
+        upstream = through_tail(upstream, raw, parameters, norms, mask, plan, eps, geometry, gradients)
     elif gradients.parameters.tail_weight is not None:
         gradients.parameters.tail_weight.zero_()
 
@@ -157,7 +154,7 @@ def stage_backward(
     dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else dy
     z_rows = None if z is None else z.view(count, pixels, k)
     if z_rows is None and plan.bottleneck:
-        z_rows = _recompute_z(raw, parameters, norms, mask, plan, eps, geometry)
+        z_rows = recompute_z(raw, parameters, norms, mask, plan, eps, geometry)
     own_z = () if z_rows is None else z_rows.unbind()
     own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
     inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
@@ -200,12 +197,12 @@ def stage_backward(
         if batch_statistics:
             share_gradients(inner_norms[j], across, eps)
         fresh = Fresh(behind_inner, own_z[j], inner_norms[j])
-    _to_input(pull, fresh, dy, dz, raw, d_raw, norms, receivers, plan, gradients)
+    to_input(pull, fresh, dy, dz, raw, d_raw, norms, receivers, plan, gradients)
 
     if gradients.shortcut is not None:
         images = dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
         gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
-    _weight_gradients(dy, dz, raw, z_rows, norms, mask, plan, geometry, gradients)
+    weight_gradients(dy, dz, raw, z_rows, norms, mask, plan, geometry, gradients)
     wanted = gradients.parameters
     wanted.norm_weight.copy_(norms.main[D_WEIGHT, norms.offset :])
     wanted.norm_bias.copy_(norms.main[D_BIAS, norms.offset :])
@@ -213,121 +210,3 @@ def stage_backward(
         assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
         wanted.reduce_norm_weight.copy_(norms.inner[D_WEIGHT])
         wanted.reduce_norm_bias.copy_(norms.inner[D_BIAS])
-
-
-def _recompute_z(
-    raw: Tensor, parameters: StageParameters, norms: Norms, mask: Tensor | None, plan: Plan, eps: float,
-    geometry: Geometry,
-) -> Tensor:  # fmt: skip
-    """z [J, P, k] again, from the raw buffer."""
-    assert parameters.reduce_weight is not None
-    weights = window_weights(parameters.reduce_weight, plan, 1)
-    source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
-    masks = None if mask is None else group_masks(mask, plan)
-    z = raw.new_empty((len(plan.groups), raw.shape[0], plan.group_width))
-    for j, group in enumerate(plan.groups):
-        own_mask = None if masks is None else masks[j]
-        convolution(source, group.window_start, weights[j], geometry.windows[j], z[j], mask=own_mask, eps=eps)
-    return z
-
-
-def _through_tail(
-    d_tail: Tensor,
-    raw: Tensor,
-    parameters: StageParameters,
-    norms: Norms,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    geometry: Geometry,
-    gradients: StageGradients,
-) -> Tensor:
-    """The gradient [P, read] of the activated channels that the tail reads; that of its weight along the way."""
-    assert parameters.tail_weight is not None and geometry.tail is not None
-    table = tables(plan.encode(), raw.device)[2]
-    weight = parameters.tail_weight.permute(0, 2, 3, 1).contiguous()
-    upstream = raw.new_empty((raw.shape[0], plan.read_channels))
-    data_gradient(
-        d_tail.expand(len(table), -1, -1), weight, geometry.tail, table, (0, len(table)), 0, plan.read_channels,
-        upstream, eps, windows=False, mask=mask,
-    )  # fmt: skip
-    into = gradients.parameters.tail_weight
-    if into is not None:
-        first = plan.total_channels - plan.read_channels
-        ends = Features(
-            raw[:, first:], norms.main[SCALE, first:], norms.main[SHIFT, first:], max(0, norms.offset - first)
-        )
-        flat = weight_gradient(
-            d_tail[None], ends, geometry.tail, table[:1], geometry.tail.total_in, False, weight.numel(), mask=mask
-        )
-        taps_last_(into, flat, plan, windows=False)
-    return upstream
-
-
-def _to_input(
-    pull: Callable[[int, tuple[int, int], Tensor, Fresh | None, Tensor | None, Tensor | None], None],
-    fresh: Fresh | None,
-    dy: Tensor,
-    dz: Tensor,
-    raw: Tensor,
-    d_raw: Tensor | None,
-    norms: Norms,
-    receivers: dict[int, int],
-    plan: Plan,
-    gradients: StageGradients,
-) -> None:
-    """The gradient of the stage's input and of its BN; the first group's own gradient is complete afterwards."""
-    k, width = plan.group_width, plan.in_channels
-    dx = None if gradients.x is None else rows(gradients.x)
-    if dx is None and not plan.raw_input:
-        assert fresh is not None
-        apply_gradient(fresh.g, fresh.raw, fresh.norm, dz[0], fresh.upstream, fresh.passed)
-        return
-    d_own = None if d_raw is None else d_raw[:, :width]
-    if dx is None:
-        dx = raw.new_empty((raw.shape[0], width))
-    own = (raw[:, :width], norms.main[:, :width]) if plan.raw_input else (None, None)
-    pull(0, plan.readers[0], dx, fresh, *own)
-    if gradients.x is None:
-        return
-    if plan.raw_input:
-        apply_gradient(dx, raw[:, :width], norms.main[:, :width], dx, d_own)
-    elif d_own is not None:
-        dx += d_own
-    passed = [receivers[c] for c in range(0, width, k) if c in receivers]
-    if passed:  # the first block's shortcuts: one group after the other, from channel 0 on
-        dx.unflatten(1, (-1, k))[:, : len(passed)] += dy[passed[0] : passed[-1] + 1].transpose(0, 1)
-
-
-def _weight_gradients(
-    dy: Tensor,
-    dz: Tensor,
-    raw: Tensor,
-    z_rows: Tensor | None,
-    norms: Norms,
-    mask: Tensor | None,
-    plan: Plan,
-    geometry: Geometry,
-    gradients: StageGradients,
-) -> None:
-    """One launch for all convs over windows, one for all 3×3 convs inside groups."""
-    windows, inside, _ = tables(plan.encode(), raw.device)
-    wanted = gradients.parameters
-    into = wanted.reduce_weight if plan.bottleneck else wanted.transform_weight
-    if into is not None:
-        widest = max(group.window_width for group in plan.groups)
-        shape = max(geometry.windows, key=lambda shape: shape.group_in)
-        source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
-        flat = weight_gradient(dz, source, shape, windows, widest, True, into.numel(), mask=mask)
-        if plan.bottleneck:
-            into.copy_(flat.view_as(into))
-        else:
-            taps_last_(into, flat, plan, windows=True)
-    if z_rows is not None and wanted.transform_weight is not None:
-        assert norms.inner is not None
-        source = Features(z_rows, norms.inner[SCALE], norms.inner[SHIFT])
-        flat = weight_gradient(
-            dy, source, geometry.inside, inside, plan.group_width, False, wanted.transform_weight.numel(),
-            own_source=True,
-        )  # fmt: skip
-        taps_last_(wanted.transform_weight, flat, plan, windows=False)

@@ -1,1 +1,1 @@
-"""Triton kernels, one family a file. Importing this package imports Triton: only `backend/triton.py` does so."""
+"""Triton kernels, one family a file. Importing this package imports Triton: only `backend/triton*.py` do."""
