@@ -84,7 +84,7 @@ def compile_cost() -> str:
 
 def main() -> int:
     collector = Collector()
-    status = pytest.main(["-p", "no:xdist", str(Path(__file__).parent), *sys.argv[1:]], plugins=[collector])
+    status = pytest.main([str(Path(__file__).parent), *sys.argv[1:]], plugins=[collector])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     table = f"{collector.table()}\n\nRun with torch {torch.__version__} on {gpu}. {compile_cost()}\n"
     print(table)
