@@ -5,6 +5,7 @@ Nothing is computed: the model runs on the meta device, where sizes are real and
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from seqconv_triton.backend import use_backend
 from seqconv_triton.layers import PackedSeqConv
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.models.registry import create_model
+from seqconv_triton.models.registry import create_model, list_models
 from seqconv_triton.plan import Plan
 
 
@@ -181,3 +182,25 @@ def render(summary: Summary, windows: bool = False) -> str:
     if windows:
         lines += [f"\n{row.name}: {row.plan}" for row in summary.rows if row.plan is not None]
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a model's name; without one, a line for every model")
+    parser.add_argument("--image-size", type=int, help="pixels (default: 224, or 32 for the CIFAR models)")
+    parser.add_argument("--windows", action="store_true", help="also draw the windows of every stage")
+
+
+def run_from_arguments(arguments: argparse.Namespace) -> int:
+    """Print one model's summary, or a line for each."""
+    if arguments.model is not None:
+        print(render(summarize(arguments.model, arguments.image_size), arguments.windows))
+        return 0
+    print(f"{'model':<34}{'parameters':>12}{'tensors':>9}{'G mult-adds':>13}{'paper GFLOPs':>14}{'MiB kept':>10}")
+    for name in list_models():
+        one = summarize(name, arguments.image_size)
+        print(
+            f"{name:<34}{one.parameters:>12,}{one.parameter_tensors:>9}{one.multiply_adds / 1e9:>13.4f}"
+            f"{one.paper_gflops:>14.2f}{one.kept_bytes / 2**20:>10.1f}",
+            flush=True,
+        )
+    return 0
