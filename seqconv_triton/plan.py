@@ -197,6 +197,14 @@ class Plan:
         return len({group.window_width for group in self.groups}) == 1
 
     @cached_property
+    def slides(self) -> bool:
+        """Whether every group reads just the newest in_channels channels, so that each makes room for its output."""
+        return self.in_channels % self.group_width == 0 and all(
+            group.window_width == self.in_channels and group.window_start == j * self.group_width
+            for j, group in enumerate(self.groups)
+        )
+
+    @cached_property
     def window_offsets(self) -> tuple[int, ...]:
         """Where each group's window begins when all windows are laid end to end; the last entry is the total."""
         offsets = [0]

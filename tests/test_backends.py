@@ -101,7 +101,7 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
     x = torch.randn(5, 12, 5, 6, dtype=torch.float64)
     with sct.use_backend("reference"):
         expected = stage(x)
-    monkeypatch.setattr(aten_evaluation, "STRIP_BYTES", 36 * 30 * 8 * 2)
+    monkeypatch.setattr(aten_evaluation, "CHUNK_BYTES", 12 * 30 * 8 * 2)
     chunks = []
     one_chunk = aten_evaluation._evaluate_chunk
     monkeypatch.setattr(
@@ -110,6 +110,21 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
     with torch.no_grad():
         assert error(stage(x), expected) < TOLERANCE
     assert chunks == [2, 2, 1]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_evaluation_in_float32(block: str) -> None:
+    """float32 takes other products than float64: oneDNN's, where PyTorch has it."""
+    for entry in (None, 6):
+        plan = Plan.stage(12, 4, 3, extension=12, entry_channels=entry, tail=Tail(24, 3, 2, 6), **BLOCKS[block])
+        assert plan.slides == (entry is None and BLOCKS[block].get("windowed", True))
+        stage = randomise(sct.Stage(plan)).eval()
+        x = torch.randn(2, plan.in_channels, 5, 6)
+        with torch.no_grad():
+            got = stage(x)
+            with sct.use_backend("reference"):
+                expected = stage.double()(x.double())
+        assert error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", LAYERS)

@@ -1,7 +1,7 @@
 """The aten backend's evaluation pass: BN folded into weights and biases once, a few images at a time.
 
-Only activations are stored, in strips that stay in the cache; raw features live from where they are written until a
-layer B adds them.
+Only activations are stored, where they stay in the cache; raw features live from where they are written until a layer
+B adds them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
-from seqconv_triton.backend.aten_parts import Images, norms, pixels, tail_convolution, window_rows
+from seqconv_triton.backend.aten_parts import Images, norms, pixels, pointwise, tail_convolution, window_rows
+from seqconv_triton.backend.aten_windows import turned, windows
 from seqconv_triton.backend.packing import group_masks, transform_weights
 from seqconv_triton.plan import Plan
 
-# Strips beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
-STRIP_BYTES = 16 * 2**20
+# Activated channels beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
+CHUNK_BYTES = 16 * 2**20
 
 
 class Folded(NamedTuple):
@@ -50,7 +51,7 @@ def fold(
         reduce = window_rows(parameters.reduce_weight, plan)
         if not done:
             reduce = tuple(weight * own[:, None] for weight, own in zip(reduce, reduce_scale, strict=True))
-        reduce_shift = tuple(shifts)
+        reduce, reduce_shift = turned(reduce, plan), tuple(shifts)
     transform = list(transform_weights(parameters.transform_weight, plan))
     transform_shift: list[Tensor | None] = [None] * len(transform)
     # `fuse` leaves room for the shortcut that a single layer may be given.
@@ -59,13 +60,14 @@ def fold(
         if not done:
             transform[j] = transform[j] * scale[own, None, None, None]
         transform_shift[j] = shift[own]
-    return Folded(scale, shift, reduce, reduce_shift, tuple(transform), tuple(transform_shift))
+    over_groups = tuple(transform) if plan.bottleneck else turned(tuple(transform), plan)
+    return Folded(scale, shift, reduce, reduce_shift, over_groups, tuple(transform_shift))
 
 
 def images_per_chunk(x: Tensor, plan: Plan) -> int:
-    """How many images' strips fit into STRIP_BYTES, in even shares of the batch."""
-    strip = max(segment.stop - segment.start for segment in plan.segments)
-    fit = max(1, STRIP_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
+    """How many images' activated channels fit into CHUNK_BYTES, in even shares of the batch."""
+    strip = plan.in_channels if plan.slides else max(segment.stop - segment.start for segment in plan.segments)
+    fit = max(1, CHUNK_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
     return -(-x.shape[0] // -(-x.shape[0] // fit))
 
 
@@ -99,51 +101,44 @@ def _evaluate_chunk(
 ) -> None:
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images, rows = Images(x), pixels(x)
-    masks = None if mask is None else group_masks(mask.to(x.dtype), plan)
+    masks: tuple[Tensor, ...] | None = None
+    if mask is not None:
+        masks = group_masks(mask.to(x.dtype), plan)
+        masks = turned(masks[: len(groups)], plan) + masks[len(groups) :]
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
     subgroups = plan.subgroups if plan.bottleneck else 1
-    z = rows.new_empty(rows.shape[0], k)
-    strip = rows.new_empty(0)
-    previous = None
-    for segment in plan.segments:
-        base = segment.start
-        fresh = rows.new_empty(rows.shape[0], segment.stop - base)
-        if previous is not None:
-            overlap = previous.stop - base
-            fresh[:, :overlap] = strip[:, base - previous.start :]
-        elif plan.raw_input:
-            activated = torch.addcmul(folded.shift[:width], rows, folded.scale[:width])
-            torch.clamp_min(activated, 0, out=fresh[:, :width])
+    kept = windows(plan, rows)
+    if plan.raw_input:
+        activated = torch.addcmul(folded.shift[:width], rows, folded.scale[:width])
+        torch.clamp_min(activated, 0, out=kept.activated_input)
+    else:
+        kept.activated_input.copy_(rows)
+    for j, group in enumerate(groups):
+        c = plan.slot(j)
+        window = kept.window(j)
+        if masks is not None:
+            window = window * images.pixel_mask(masks[j])
+        if folded.reduce:
+            window = pointwise(window, folded.reduce[j], folded.reduce_shift[j], images).relu_()
+        bias = folded.transform_shift[j]
+        y = F.conv2d(images(window), folded.transform[j], bias, 1, 1, 1, subgroups)
+        slot = kept.slot(j)
+        if bias is None:
+            if shortcut is not None:
+                y += shortcut[:, j * k : (j + 1) * k]
+            elif group.residual_start is not None:
+                y += images(sources.pop(group.residual_start))
+            if c in awaited:
+                sources[c] = pixels(y)
+            raw = pixels(y)
+            torch.addcmul(folded.shift[c : c + k], raw, folded.scale[c : c + k], out=slot)
+            slot.clamp_min_(0)
         else:
-            fresh[:, :width] = rows
-        strip, previous = fresh, segment
-        for j in range(segment.first, segment.last):
-            group, c = groups[j], plan.slot(j)
-            start = group.window_start - base
-            window = strip[:, start : start + group.window_width]
-            if masks is not None:
-                window = window * images.pixel_mask(masks[j])
-            if folded.reduce:
-                torch.addmm(folded.reduce_shift[j], window, folded.reduce[j].t(), out=z)
-                window = z.relu_()
-            bias = folded.transform_shift[j]
-            y = F.conv2d(images(window), folded.transform[j], bias, 1, 1, 1, subgroups)
-            slot = strip[:, c - base : c - base + k]
-            if bias is None:
-                if shortcut is not None:
-                    y += shortcut[:, j * k : (j + 1) * k]
-                elif group.residual_start is not None:
-                    y += images(sources.pop(group.residual_start))
-                if c in awaited:
-                    sources[c] = pixels(y)
-                raw = pixels(y)
-                torch.addcmul(folded.shift[c : c + k], raw, folded.scale[c : c + k], out=slot)
-                slot.clamp_min_(0)
-            else:
-                torch.clamp_min(pixels(y), 0, out=slot)
+            torch.clamp_min(pixels(y), 0, out=slot)
+        kept.written(j)
 
-    end = images(strip[:, -plan.read_channels :])
+    end = images(kept.end())
     if plan.tail is None:
         out.copy_(end)
         return

@@ -109,6 +109,17 @@ def norms(
     return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
 
 
+def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None, images: Images) -> Tensor:
+    """1×1 conv of rows [P, C] with weight [k, C]: [P, k].
+
+    oneDNN takes rows without gaps; on AMD processors its products are twice as fast as the BLAS that PyTorch brings.
+    """
+    if rows.dtype == torch.float32 and rows.is_contiguous() and torch.backends.mkldnn.is_available():
+        weight = weight[:, :, None, None]
+        return pixels(torch.mkldnn_convolution(images(rows), weight, bias, (0, 0), (1, 1), (1, 1), 1))
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
     """The conv behind the stage on its activated input."""
     x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
