@@ -14,11 +14,11 @@ from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
 from seqconv_triton.backend.aten_parts import Images, norms, pixels, pointwise, tail_convolution, window_rows
-from seqconv_triton.backend.aten_windows import turned, windows
-from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.backend.aten_windows import turned, turned_masks, windows
+from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
 
-# Activated channels beyond this leave the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
+# More than this leaves the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
 CHUNK_BYTES = 16 * 2**20
 
 
@@ -101,10 +101,7 @@ def _evaluate_chunk(
 ) -> None:
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images, rows = Images(x), pixels(x)
-    masks: tuple[Tensor, ...] | None = None
-    if mask is not None:
-        masks = group_masks(mask.to(x.dtype), plan)
-        masks = turned(masks[: len(groups)], plan) + masks[len(groups) :]
+    masks = None if mask is None else turned_masks(mask.to(x.dtype), plan)
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
     subgroups = plan.subgroups if plan.bottleneck else 1

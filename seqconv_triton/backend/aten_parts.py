@@ -109,15 +109,31 @@ def norms(
     return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
 
 
+def onednn_takes(rows: Tensor) -> bool:
+    """Whether oneDNN is there and takes these rows as they lie."""
+    return rows.dtype == torch.float32 and rows.is_contiguous() and torch.backends.mkldnn.is_available()
+
+
 def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None, images: Images) -> Tensor:
     """1×1 conv of rows [P, C] with weight [k, C]: [P, k].
 
     oneDNN takes rows without gaps; on AMD processors its products are twice as fast as the BLAS that PyTorch brings.
     """
-    if rows.dtype == torch.float32 and rows.is_contiguous() and torch.backends.mkldnn.is_available():
+    if onednn_takes(rows):
         weight = weight[:, :, None, None]
         return pixels(torch.mkldnn_convolution(images(rows), weight, bias, (0, 0), (1, 1), (1, 1), 1))
     return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> None:
+    """into [P, C] += rows [P, k] @ weight [k, C]; oneDNN as in `pointwise`, which can add as it stores."""
+    if onednn_takes(into) and onednn_takes(rows):
+        add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
+        weight = weight.t()[:, :, None, None]
+        one = (1, 1)
+        add_in_place(images(into), images(rows), weight, None, (0, 0), one, one, 1, "add", None, None, [], None)
+    else:
+        into.addmm_(rows, weight)
 
 
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:

@@ -6,9 +6,16 @@ the last group, the channels that leave the buffer. `activated_input` is where t
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from seqconv_triton.plan import Plan
+from seqconv_triton.backend.aten_parts import window_rows
+from seqconv_triton.backend.packing import group_masks, transform_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seqconv_triton.backend import StageParameters
+    from seqconv_triton.plan import Plan
 
 
 class Ring:
@@ -86,7 +93,28 @@ def windows(plan: Plan, like: Tensor) -> Ring | Strips:
 
 def turned(weights: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
     """What goes with windows, channels in dimension 1 ([k, window, …], [N, window]), in the order of their columns."""
-    if not plan.slides:
+    if not (weights and plan.slides):  # basic layers have no 1×1 weights
         return weights
     groups = zip(weights, plan.groups, strict=True)
     return tuple(w.roll(group.window_start % plan.in_channels, 1) for w, group in groups)
+
+
+def turned_weights(parameters: StageParameters, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The 1×1 convs [k, window] and the 3×3 convs of all groups, those over windows as `turned`."""
+    reduce = turned(window_rows(parameters.reduce_weight, plan), plan)
+    transform = transform_weights(parameters.transform_weight, plan)
+    return reduce, transform if plan.bottleneck else turned(transform, plan)
+
+
+def turned_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """`group_masks`, in the order of the windows' columns; the tail's as it is."""
+    masks, count = group_masks(mask, plan), len(plan.groups)
+    return turned(masks[:count], plan) + masks[count:]
+
+
+def store_turned(gradient: Tensor, into: Tensor, plan: Plan, j: int, *, over_window: bool) -> None:
+    """The weight gradient of group j, over its window as its columns lie, in the order of the weight."""
+    shift = plan.groups[j].window_start % plan.in_channels if over_window and plan.slides else 0
+    channels = into.shape[1]
+    into[:, : channels - shift] = gradient[:, shift:]
+    into[:, channels - shift :] = gradient[:, :shift]
