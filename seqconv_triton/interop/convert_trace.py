@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -24,7 +23,7 @@ RELU_METHODS = ("relu", "relu_")
 
 @dataclass(frozen=True, eq=False)
 class Triple:
-    """A 3×3 conv and its BN, and their ReLU if no other place of the model calls it."""
+    """A 3×3 conv and its BN, and their ReLU if no other place calls it and no hook watches it."""
 
     name: str
     conv: nn.Conv2d
@@ -63,7 +62,7 @@ def find_triples(model: nn.Module) -> tuple[list[Triple], dict[str, str]]:
             continue
         relus = {chain.relu for chain in found}
         relu = relus.pop() if len(relus) == 1 else None
-        own = relu is not None and all(count[relu] <= 1 for count in calls)
+        own = relu is not None and not _hooked(relu) and all(count[relu] <= 1 for count in calls)
         triples.append(Triple(name, conv, found[0].norm, relu if own else None))
     return triples, reasons
 
@@ -72,11 +71,15 @@ def _is_3x3(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _no_candidate(conv: nn.Conv2d) -> str | None:
     """Why a 3×3 conv, wherever it stands, cannot be a SeqConv layer."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, no plain Conv2d"
-    if conv._forward_hooks or conv._forward_pre_hooks:
+    if _hooked(conv):
         return "it has forward hooks"
     if conv.stride != (1, 1):
         return f"stride {conv.stride[0]}: a SeqConv layer keeps the image size"
@@ -108,15 +111,18 @@ def _follow(graph: fx.Graph, conv: nn.Conv2d, modules: dict[str, nn.Module], cal
     if isinstance(node, str):
         return f"its output {node}"
     norm = _module(node, modules)
-    if not isinstance(norm, nn.BatchNorm2d):
+    if hasattr(norm, "process_group"):
+        return "its BN is synchronised over ranks: convert first, then call convert_sync_batchnorm"
+    # Of other subclasses nothing is known; timm's BatchNormAct2d holds the activation.
+    if not isinstance(norm, nn.BatchNorm2d) or not (type(norm) is nn.BatchNorm2d or hasattr(norm, "act")):
         return f"its output goes to {_what(node, modules)}, not to a BatchNorm2d"
     if calls[norm] > 1:
         return "other convs share its BatchNorm2d"
     if norm.weight is None or norm.running_mean is None:
         return "its BatchNorm2d has no affine or no running statistics"
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if _hooked(norm):
         return "its BatchNorm2d has forward hooks"
-    fused = getattr(norm, "act", None)  # timm's BatchNormAct2d holds its activation
+    fused = getattr(norm, "act", None)
     if fused is not None and not isinstance(fused, nn.Identity):
         if not isinstance(fused, nn.ReLU) or not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
             return f"its BN goes to {type(fused).__name__}, not to ReLU"
@@ -181,9 +187,9 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def trace_both_modes(model: nn.Module) -> list[fx.Graph]:
-    """The training and the evaluation graph; the modules' modes are as before afterwards."""
+    """The training and the evaluation graph; afterwards the model is as before."""
     try:
-        with _modes_restored(model):
+        with _restored(model):
             return [trace(model.train(mode)) for mode in (True, False)]
     except Exception as error:
         parts = [name for name, part in model.named_children() if _traceable(part)]
@@ -199,7 +205,7 @@ def _traceable(part: nn.Module) -> bool:
     if not any(_is_3x3(module) for module in part.modules()):
         return False
     try:
-        with _modes_restored(part):
+        with _restored(part):
             trace(part)
     except Exception:
         return False
@@ -207,10 +213,17 @@ def _traceable(part: nn.Module) -> bool:
 
 
 @contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[Any]:
-    modes = [(module, module.training) for module in model.modules()]
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Tracing runs a model's own code: what that leaves in attributes and buffers, and the modes, is undone."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, values in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(values)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
