@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbones import BACKBONES, REPLACED, Basic, converted
-from helpers import error, everything, randomise
+from helpers import DOCS, error, everything, python_blocks, randomise
 from torch import nn
 
 import seqconv_triton as sct
@@ -117,6 +117,14 @@ def test_report_reads_well() -> None:
     assert "blocks.0.conv2 16→16, 4 groups 2 groups of 8, bottleneck, 2 subgroups 608 → 896" in lines
     assert "stem.0 3→32 in_channels (3) below group_width (8): windows would skip channels" in lines
     assert lines[-1] == f"parameters of the model: {report.parameters_before:,} → {report.parameters_after:,}"
+
+
+def test_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every Python block of docs/convert.md, and it prints what it says it prints."""
+    for code in python_blocks("convert.md"):
+        exec(code, {})
+    printed = capsys.readouterr().out
+    assert printed.strip() in (DOCS / "convert.md").read_text(encoding="utf-8")
 
 
 def library(name: str) -> object:

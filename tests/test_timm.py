@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import error, randomise
+from helpers import error, python_blocks, randomise
 from torch import nn
 
 import seqconv_triton as sct
@@ -251,6 +251,13 @@ def test_training_tools(timm: ModuleType) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32, 32)
     assert error(compiled(x), model(x)) < 1e-5
+
+
+@needs_timm
+def test_documentation_runs() -> None:
+    """Every Python block of docs/timm.md."""
+    for code in python_blocks("timm.md"):
+        exec(code, {})
 
 
 @needs_timm

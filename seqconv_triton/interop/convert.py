@@ -53,10 +53,8 @@ class ConversionReport:
     parameters_after: int
 
     def __str__(self) -> str:
-        header = ("replaced", "before", "after", "parameters", "")
-        rows = [
-            (r.name, r.before, r.after, f"{r.parameters_before:,}", f"→ {r.parameters_after:,}") for r in self.replaced
-        ]
+        header = ("replaced", "before", "after", "parameters")
+        rows = [(r.name, r.before, r.after, f"{r.parameters_before:,} → {r.parameters_after:,}") for r in self.replaced]
         lines = _table([header, *rows])
         if self.kept:
             lines += ["", *_table([("kept", "3×3 conv", "because"), *((k.name, k.what, k.reason) for k in self.kept)])]
