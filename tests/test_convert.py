@@ -46,6 +46,8 @@ def test_training_step_and_compiled_equals_eager(name: str) -> None:
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     eager = everything(model, x, lambda m, t: [m(t)])
     compiled = everything(model, x, lambda m, t: [torch.compile(m, fullgraph=True, backend="aot_eager")(t)])
+    for results in (eager, compiled):
+        results.pop("0.bias", None)  # a bias in front of a BN: its gradient is nothing but rounding
     assert all(error(compiled[key], eager[key]) < 1e-10 for key in eager)
     assert all(gradient.count_nonzero() for key, gradient in eager.items() if key in dict(model.named_parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

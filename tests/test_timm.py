@@ -189,6 +189,9 @@ def test_pruning_keeps_the_weights(indices: object, timm: ModuleType) -> None:
     assert all(error(a, b) < 1e-6 for a, b in zip(got, expected, strict=True))
     assert torch.equal(last, got[-1]) and torch.equal(model(x), got[-1])
     assert not any(p.requires_grad for p in model.stages[0].parameters())
+    assert error(sct.fuse(model)(x), got[-1]) < 1e-5
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert error(compiled(x), got[-1]) < 1e-5
     assert model.stages[-1].recompute and model.stages[-1].tail_weight is None
     model.reset_classifier(5, "avg")
     assert model(x).shape == (2, 5)
