@@ -2,6 +2,7 @@
 
 from seqconv_triton.backend import use_backend
 from seqconv_triton.fuse import fuse
+from seqconv_triton.interop.convert import convert
 from seqconv_triton.interop.published import export_published, load_published
 from seqconv_triton.layers import SeqConv2d, Stage
 from seqconv_triton.models.cifar import CifarSeqResNet
@@ -21,6 +22,7 @@ __all__ = [
     "SeqResNetB22",
     "SeqResNetB42",
     "Stage",
+    "convert",
     "convert_sync_batchnorm",
     "create_model",
     "export_published",

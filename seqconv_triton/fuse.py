@@ -39,7 +39,8 @@ def fuse(model: Model) -> Model:
         if isinstance(module, PackedSeqConv):
             _fold_packed(module)
         elif isinstance(module, Backbone):
-            module.norm = _affine(module.norm)
+            if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
+                module.norm = _affine(module.norm)
             for i in range(len(module.stem) - 1):
                 conv, norm = module.stem[i], module.stem[i + 1]
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):

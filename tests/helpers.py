@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import seqconv_triton as sct
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.layers import PackedSeqConv
 
+DOCS = Path(__file__).parent.parent / "docs"
 Run = Callable[[nn.Module, Tensor], Sequence[Tensor]]
 
 
@@ -79,3 +82,8 @@ def assert_backends_agree(module: nn.Module, x: Tensor, run: Run, tolerance: flo
     errors = {name: error(got[name], expected[name]) for name in expected}
     wrong = {name: e for name, e in errors.items() if not e <= tolerance}
     assert not wrong, wrong
+
+
+def python_blocks(page: str) -> list[str]:
+    """The Python code blocks of a page in docs/."""
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

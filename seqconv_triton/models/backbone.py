@@ -26,7 +26,7 @@ class Backbone(nn.Module):
         self.norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.num_features = stages[-1].plan.out_channels
+        self.num_features = self.head_hidden_size = stages[-1].plan.out_channels
         tail = stages[-1].tail_weight
         assert tail is not None
         self.norm = nn.BatchNorm2d(self.num_features, stages[-1].eps, device=tail.device, dtype=tail.dtype)
@@ -65,29 +65,35 @@ class Backbone(nn.Module):
         return x if pre_logits else self.classifier(x)
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
     ) -> Any:
         """Activated features of chosen stages (all; an int: the last so many; a list: those).
 
-        Returns (last features, list), or the list alone. Raises ValueError for a stage that does not exist.
+        Returns (last features, list), or the list alone; with `stop_early` nothing behind the last chosen stage is
+        computed, and its features are the last. Raises ValueError for a stage that does not exist.
         """
         count = len(self.stages)
-        if isinstance(indices, int):
-            indices = range(count - indices, count)
-        chosen = list(range(count) if indices is None else indices)
-        if not chosen or min(chosen) < -count or max(chosen) >= count:
-            raise ValueError(f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones")
-        chosen = [i % count for i in chosen]
+        chosen = chosen_stages(indices, count)
         taken = {}
         x = self.forward_stem(x)
-        for i, stage in enumerate(self.stages):
+        stages = list(self.stages)[: max(chosen) + 1 if stop_early else count]
+        for i, stage in enumerate(stages):
             assert isinstance(stage, Stage)
-            if i in chosen:
+            if i in chosen and stage.plan.tail is None:
+                x = taken[i] = stage(x)
+            elif i in chosen:
                 x, taken[i] = stage.forward_features(x)
             else:
                 x = stage(x)
         features = [taken[i] for i in chosen]
-        return features if intermediates_only else (F.relu(self.norm(x), inplace=True), features)
+        if intermediates_only:
+            return features
+        return (F.relu(self.norm(x), inplace=True) if len(stages) == count else taken[max(chosen)]), features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Gradient checkpointing: the 1×1 convs' outputs are not kept for backward, but computed again."""
@@ -106,9 +112,19 @@ class Backbone(nn.Module):
         if num_classes == 0:
             self.classifier: nn.Module = nn.Identity()
             return
-        weight = self.norm.weight
-        classifier = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        weight = next(self.parameters())
+        classifier = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
         bound = math.sqrt(3 / num_classes)
         nn.init.uniform_(classifier.weight, -bound, bound)
         nn.init.zeros_(classifier.bias)
         self.classifier = classifier
+
+
+def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Which of `count` stages are meant: all, the last so many, or those listed (negative ones from the end)."""
+    if isinstance(indices, int):
+        indices = range(count - indices, count)
+    chosen = list(range(count) if indices is None else indices)
+    if not chosen or min(chosen) < -count or max(chosen) >= count:
+        raise ValueError(f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones")
+    return [i % count for i in chosen]
