@@ -50,15 +50,20 @@ class PreactivationResNet(nn.Module):
         self.blocks = nn.Sequential(*parts)
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
         x = x.contiguous(memory_format=torch.channels_last)
         features = F.relu(self.norm(self.blocks(self.stem(x))))
         return self.classifier(features.mean((2, 3)))
+
+
+def he_initialise(model: nn.Module) -> None:
+    """He et al., 2015: convs normal with variance 2 / fan-out."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def count_parameters(model: nn.Module) -> int:
