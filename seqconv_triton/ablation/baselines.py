@@ -7,6 +7,7 @@ DenseNet-BC: Huang et al., "Densely connected convolutional networks", 2017. Wid
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def densenet_of_size(target: int, layers: int, *, num_classes: int, in_chans: in
     candidates = []
     for growth in (above - 1, above):
         stems = range(growth, 3 * growth + 1)
-        place = bisect_left(stems, target, key=lambda stem, growth=growth: parameters(growth, stem))
+        place = bisect_left(stems, target, key=partial(parameters, growth))
         candidates += [(growth, stem) for stem in stems[max(place - 1, 0) : place + 1]]
     return build(*min(candidates, key=lambda pair: abs(parameters(*pair) - target)))
 

@@ -12,8 +12,9 @@ import torch
 
 import seqconv_triton
 from seqconv_triton.ablation.report import as_json, markdown
-from seqconv_triton.ablation.runs import Result, finished, run, write_text
+from seqconv_triton.ablation.runs import Result, finished, run
 from seqconv_triton.ablation.settings import CONTESTANTS, SETTINGS, Setting
+from seqconv_triton.training import checkpoint
 from seqconv_triton.training.loop import History
 
 
@@ -96,6 +97,8 @@ def compare(
         "date": datetime.now(UTC).date().isoformat(),
     }
     table = markdown(complete, setting, provenance)
-    write_text(json.dumps(as_json(complete, setting, provenance), indent=1) + "\n", output / "results.json")
-    write_text(table, output / "table.md")
+    checkpoint.write(
+        output / "results.json", json.dumps(as_json(complete, setting, provenance), indent=1).encode() + b"\n"
+    )
+    checkpoint.write(output / "table.md", table.encode())
     return table

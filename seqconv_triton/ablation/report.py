@@ -106,7 +106,8 @@ def _sizes(setting: Setting) -> str:
         return "The SeqResNets have the paper's sizes; the other networks are sized to the first row's parameters."
     return (
         f"All widths and group widths k of the SeqResNets are {setting.stem_channels}/16 of those named (the paper's), "
-        "so that every layer has the paper's number of groups; the other networks are sized to the first row's parameters."
+        "so that every layer has the paper's number of groups; the other networks are sized to the first row's "
+        "parameters."
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,22 +36,6 @@ class Result:
     def error(self) -> float:
         """After the last epoch: choosing the best one would be choosing on the test images."""
         return self.errors[-1]
-
-
-def write_text(text: str, path: Path) -> None:
-    """Atomically: the whole text is there, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def result_file(folder: Path, contestant: Contestant, seed: int) -> Path:
@@ -122,5 +104,5 @@ def run(
             "seed": seed,
         }
         checkpoint.save(state, path.with_suffix(".pt"))
-    write_text(json.dumps(asdict(result)) + "\n", path)
+    checkpoint.write(path, json.dumps(asdict(result)).encode() + b"\n")
     return result

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from seqconv_triton.training import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,15 +40,9 @@ def save(figure: Figure, path: Path) -> None:
     import matplotlib
 
     check_output(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     kind = path.suffix.lower().removeprefix(".")
-    try:
-        with os.fdopen(descriptor, "wb") as file, matplotlib.rc_context({"svg.hashsalt": "seqconv"}):
-            figure.savefig(file, format=kind, dpi=DOTS_PER_INCH, metadata=undated[kind])
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "seqconv"}):
+        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=undated[kind])
+    checkpoint.write(path, buffer.getbuffer())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "viridis"  # even steps of lightness: readable without colour vision, and in grey
-LABEL = "mean |weight|, relative to the layer's largest"
+LABEL = "mean |weight|,\nrelative to the layer's largest\n(white: outside the window)"
 COLUMNS = 4
 LINE = "#666666"
 
@@ -58,15 +59,16 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if len(titles) != len(sources):
         raise ValueError(f"titles ({len(titles)}) must be as many as checkpoints ({len(sources)})")
     new_figure(1, 1)  # a missing matplotlib is found before a large checkpoint is read
-    networks = {}
+    networks = []
     for title, (path, model) in zip(titles, sources, strict=True):
         network = load_network(path, model)
         try:
-            networks[title] = stage_panels(network) if arguments.stages else layer_panels(network, arguments.layers)
+            panels = stage_panels(network) if arguments.stages else layer_panels(network, arguments.layers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        networks.append((title, panels))
     save(draw(networks), arguments.output)
-    count = sum(len(panels) for panels in networks.values())
+    count = sum(len(panels) for _, panels in networks)
     print(f"{count} heat map{'s' if count > 1 else ''} in {arguments.output}")
     return 0
 
@@ -84,7 +86,7 @@ def stage_panels(model: Backbone) -> list[Panel]:
     """A panel for each stage, its layers below one another."""
     panels = []
     for name, stage in stages(model).items():
-        parts = tuple(one.name.removeprefix(f"{name}.") for one in layers(model) if one.stage is stage)
+        parts = tuple(re.sub(r"^(Stage|Downsample)\d\.", "", one.name) for one in layers(model) if one.stage is stage)
         title = f"{name}\n{stage.plan.layers[-1].in_channels} channels, k = {stage.plan.group_width}"
         panels.append(Panel(title, stage_connections(stage), "source group (negative: stage's input)", parts))
     return panels
@@ -96,35 +98,35 @@ def _description(plan: Plan, layer: int) -> str:
     return f"{one.in_channels}→{one.out_channels} channels, k = {plan.group_width}, {window}"
 
 
-def draw(networks: dict[str, Sequence[Panel]]) -> Figure:
+def draw(networks: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
     """All panels, the networks below one another, with one colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    rows = [
-        (title if i == 0 else "", panels[i : i + COLUMNS])
-        for title, panels in networks.items()
-        for i in range(0, len(panels), COLUMNS)
-    ]
+    rows: list[tuple[str, Sequence[Panel]]] = []
+    for title, panels in networks:
+        lines = -(-len(panels) // COLUMNS)
+        line = -(-len(panels) // lines)
+        rows += [(title if i == 0 else "", panels[i : i + line]) for i in range(0, len(panels), line)]
     columns = max(len(panels) for _, panels in rows)
     large = any(panel.parts for _, panels in rows for panel in panels)
-    width, height = (4.6, 4.3) if large else (3.9, 2.9)
+    width, height = (4.6, 4.3) if large else (3.9, 3.1)
     figure = new_figure(width * columns + 1, height * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for (title, panels), line in zip(rows, grid, strict=True):
-        for axes in line[len(panels) :]:
+    for (title, panels), places in zip(rows, grid, strict=True):
+        for axes in places[len(panels) :]:
             axes.axis("off")
-        for axes, panel in zip(line, panels, strict=False):
+        for axes, panel in zip(places, panels, strict=False):
             draw_panel(axes, panel)
         if title and len(networks) > 1:
-            line[0].annotate(
+            places[0].annotate(
                 title, (0, 0.5), (-48, 0), "axes fraction", "offset points", rotation=90, ha="center", va="center",
                 fontweight="bold",
             )  # fmt: skip
     colour = ScalarMappable(Normalize(0, 1), COLOURS)
-    figure.colorbar(colour, ax=grid, label=f"{LABEL}\n(white: outside the window)", shrink=0.8, aspect=25)
+    figure.colorbar(colour, ax=grid, label=LABEL, shrink=0.8, aspect=25)
     if len(networks) == 1:
-        figure.suptitle(next(iter(networks)), fontweight="bold")
+        figure.suptitle(networks[0][0], fontweight="bold")
     return figure
 
 
@@ -143,7 +145,8 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     own = sum(source < 0 for source in shown.sources) - 0.5
     if own < sources - 0.5:
         axes.axvline(own, color=LINE, linewidth=0.8)
-    for row, name, following in zip(shown.edges, panel.parts, (*shown.edges[1:], targets), strict=True):
+    ends = (*shown.edges, targets)[1:]
+    for row, name, following in zip(shown.edges, panel.parts, ends, strict=True):
         if row:
             axes.axhline(row - 0.5, color=LINE, linewidth=0.5)
         axes.annotate(

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from seqconv_triton.figures.files import check_output, new_figure, save
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG = "log.csv"
-SETS = {"val_error": ("validation", "-"), "train_error": ("training", "--")}
+SETS: dict[str, tuple[str, Literal["-", "--"]]] = {
+    "val_error": ("validation", "-"),
+    "train_error": ("training", "--"),
+}
 # Okabe and Ito, without the yellow that is lost on white
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -124,7 +127,7 @@ def _values(row: list[str], places: list[int], columns: int) -> tuple[int, float
 def draw(curves: list[Curve], *, log: bool = False, max_error: float | None = None) -> Figure:
     """A colour for each run, solid for validation, dashed for training; on a logarithmic axis zeros have no place."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
@@ -133,13 +136,15 @@ def draw(curves: list[Curve], *, log: bool = False, max_error: float | None = No
         for column, (_, style) in SETS.items():
             marker = "." if len(curve.epochs) == 1 else ""
             axes.plot(curve.epochs, getattr(curve, column), style, marker=marker, color=colour, linewidth=1.4)
-        finite = [(error, epoch) for epoch, error in zip(curve.epochs, curve.val_error, strict=True) if error == error]
-        best = f" (best {min(finite)[0]:.2f} %, epoch {min(finite)[1]})" if finite else ""
-        handles.append(Line2D([], [], color=colour, label=f"{curve.name}{best}"))
-    handles += [Line2D([], [], color="#555555", linestyle=style, label=label) for label, style in SETS.values()]
+        measured = [error for error in curve.val_error if not math.isnan(error)]
+        figures = f" (last {measured[-1]:.2f} %, best {min(measured):.2f} %)" if measured else ""
+        handles.append(Line2D([], [], color=colour, label=f"{curve.name}{figures}"))
+    for label, style in SETS.values():
+        handles.append(Line2D([], [], color="#555555", linestyle=style, label=label))
     axes.set(xlabel="epoch", ylabel="error (%)")
     if log:
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(bottom=0)

@@ -7,6 +7,7 @@ num_batches_tracked}`; our packed norms have one `num_batches_tracked` for all t
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -168,9 +169,9 @@ def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object
         raise ValueError(
             f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
+            raise
         raise ValueError(f"{where} is no checkpoint, or only part of one: {_brief(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{where} holds a {type(loaded).__name__}; expected a dictionary of tensors")
