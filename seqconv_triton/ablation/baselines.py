@@ -1,7 +1,7 @@
 """Networks of other families beside which ours is shown, sized to a number of parameters.
 
 DenseNet-BC: Huang et al., "Densely connected convolutional networks", 2017. Wide ResNet: Zagoruyko and Komodakis,
-"Wide residual networks", 2016. The pre-activation ResNet is in training/baseline.py.
+"Wide residual networks", 2016: pre-activation ResNets (training/baseline.py) of few and wide blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv_triton.training.baseline import PreactivationBlock, count_parameters, he_initialise, matching_widths
+from seqconv_triton.training.baseline import PreactivationResNet, count_parameters, he_initialise, matching_widths
 
 
 class DenseLayer(nn.Module):
@@ -68,29 +68,6 @@ class DenseNet(nn.Module):
         return self.classifier(F.relu(self.norm(self.features(x))).mean((2, 3)))
 
 
-class WideResNet(nn.Module):
-    """A thin 3×3 conv, three stages of few and wide pre-activation blocks, BN-ReLU, mean, classifier."""
-
-    def __init__(
-        self, widths: tuple[int, int, int], blocks: int, stem_channels: int, *, num_classes: int, in_chans: int
-    ) -> None:
-        super().__init__()
-        channels = stem_channels
-        parts: list[nn.Module] = [nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)]
-        for stage, width in enumerate(widths):
-            for block in range(blocks):
-                parts.append(PreactivationBlock(channels, width, 2 if stage > 0 and block == 0 else 1))
-                channels = width
-        self.features = nn.Sequential(*parts)
-        self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, num_classes)
-        he_initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        return self.classifier(F.relu(self.norm(self.features(x))).mean((2, 3)))
-
-
 def densenet_of_size(target: int, layers: int, *, num_classes: int, in_chans: int) -> DenseNet:
     """The DenseNet whose growth and stem (the paper's: 2·growth) come closest to `target` parameters."""
 
@@ -110,10 +87,14 @@ def densenet_of_size(target: int, layers: int, *, num_classes: int, in_chans: in
     return build(*min(candidates, key=lambda pair: abs(parameters(*pair) - target)))
 
 
-def wide_resnet_of_size(target: int, blocks: int, stem_channels: int, *, num_classes: int, in_chans: int) -> WideResNet:
-    """The wide ResNet of stages about w, 2w and 4w wide that comes closest to `target` parameters."""
+def wide_resnet_of_size(
+    target: int, blocks: int, stem_channels: int, *, num_classes: int, in_chans: int
+) -> PreactivationResNet:
+    """Few and wide blocks behind a thin stem: stages of about w, 2w and 4w channels, closest to `target` parameters."""
 
-    def build(widths: tuple[int, int, int]) -> WideResNet:
-        return WideResNet(widths, blocks, stem_channels, num_classes=num_classes, in_chans=in_chans)
+    def build(widths: tuple[int, int, int]) -> PreactivationResNet:
+        return PreactivationResNet(
+            widths, blocks, num_classes=num_classes, in_chans=in_chans, stem_channels=stem_channels
+        )
 
     return build(matching_widths(target, build))

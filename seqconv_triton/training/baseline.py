@@ -35,14 +35,25 @@ class PreactivationBlock(nn.Module):
 
 
 class PreactivationResNet(nn.Module):
-    """3×3 conv, three stages of `blocks` blocks each, BN-ReLU, mean over the image, classifier."""
+    """3×3 conv, three stages of `blocks` blocks each, BN-ReLU, mean over the image, classifier.
 
-    def __init__(self, widths: tuple[int, int, int], blocks: int, *, num_classes: int, in_chans: int) -> None:
+    The first conv gives `stem_channels` channels, by default as many as the first stage has.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        blocks: int,
+        *,
+        num_classes: int,
+        in_chans: int,
+        stem_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self.widths = widths
-        self.stem = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+        channels = widths[0] if stem_channels is None else stem_channels
+        self.stem = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         parts: list[nn.Module] = []
-        channels = widths[0]
         for i, width in enumerate(widths):
             for j in range(blocks):
                 parts.append(PreactivationBlock(channels, width, 2 if i > 0 and j == 0 else 1))
