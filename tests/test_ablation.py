@@ -87,13 +87,32 @@ def test_pages_say_what_the_numbers_allow() -> None:
     page = markdown(TABLE, setting, {"torch": "2.11", "date": "2026-01-02"})
     assert "| pre-activation ResNet | 300,000 | 6.00 ± 2.00 | +2.00 ± 2.48 | 4.62 (ResNet-1001, 10.2 M) |" in page
     assert "| wide ResNet | 300,000 | 2.00 |  | 4.17 (WRN-28-10, 36.5 M) |" in page
-    assert "Of 2 differences to the first row, 1 excludes 0: DenseNet-BC (-1.10)." in page
+    assert "whose interval excludes 0: DenseNet-BC (-1.10), of 2." in page
+    assert "lowest mean error is that of wide ResNet (2.00), the highest that of pre-activation ResNet (6.00)" in page
     assert "Made with torch 2.11, date 2026-01-02." in page
     single = markdown([one for one in TABLE if one.seed == 0], setting, {})
     assert "nothing can be said about differences" in single
+    alone = markdown([one for one in TABLE if one.key == "resnet"], setting, {})
+    assert "6.00 ± 2.00" in alone and "interval excludes" not in alone and "nothing can be said" not in alone
+    none = markdown([one for one in TABLE if one.key in ("windowed-r4-k8", "resnet")], setting, {})
+    assert "whose interval excludes 0: none, of 1." in none
     figures = as_json(TABLE, setting, {"torch": "2.11"})
     assert figures["rows"][1]["difference"] == 2.0 and len(figures["runs"]) == len(TABLE)
     json.dumps(figures, allow_nan=False)
+
+
+def test_committed_table_is_that_of_its_runs() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "results"
+    figures = json.loads((folder / "ablation-digits.json").read_text(encoding="utf-8"))
+    page = (folder / "ablation-digits.md").read_text(encoding="utf-8")
+    assert figures["setting"] == SETTINGS["digits"].as_dict()
+    assert [row["key"] for row in figures["rows"]] == list(CONTESTANTS)
+    for row in figures["rows"]:
+        last = [run["errors"][-1] for run in figures["runs"] if run["key"] == row["key"]]
+        assert len(last) == 3 and row["mean_error"] == pytest.approx(sum(last) / 3, abs=1e-4)
+        text = f"| {row['name']} | {row['parameters']:,} | {row['mean_error']:.2f} ± {row['standard_deviation']:.2f} |"
+        assert text in page
+        assert row["parameters"] == count_parameters(CONTESTANTS[row["key"]].build(SETTINGS["digits"]))
 
 
 def compare(output: Path, **options: Any) -> str:

@@ -258,6 +258,7 @@ ERRORS: dict[str, tuple[object, list[str], str]] = {
     "half": (lambda path: torch_bytes(trained())[:5000], [], "only part of one"),
     "list": ([1, 2], [], "holds a list"),
     "no-weights": ({"epoch": 3}, [], "holds no weights"),
+    "numbers-for-names": (lambda path: {1: torch.zeros(2)}, ["--model", NAMED], "holds no weights"),
     "no-name": (lambda path: named(), [], "add --model NAME"),
     "unknown-name": (lambda path: named(), ["--model", "resnet"], "unknown model 'resnet'"),
     "other-network": (lambda path: named(), ["--model", "cifar_seqresnet_r4_k8"], "does not fit CifarSeqResNet"),
@@ -271,6 +272,11 @@ ERRORS: dict[str, tuple[object, list[str], str]] = {
         lambda path: trained(arch={"name": "cifar_custom", "options": {"depth": 3}}),
         [],
         "unexpected keyword argument 'depth'",
+    ),
+    "arch-values": (
+        lambda path: trained(arch={"name": "cifar_custom", "options": SMALL | {"group_width": 0}}),
+        [],
+        "group_width (0) must be at least 1",
     ),
     "arch-text": (lambda path: trained(arch={"name": "x"}), [], "not known here"),
     "another-family": (

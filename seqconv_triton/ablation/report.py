@@ -98,7 +98,7 @@ def markdown(results: list[Result], setting: Setting, provenance: dict[str, str]
 
 
 def _split(setting: Setting) -> str:
-    return ", split anew for every seed and the same for all networks" if setting.data == "digits" else ""
+    return ", split anew for every seed and the same for all networks; no dropout" if setting.data == "digits" else ""
 
 
 def _sizes(setting: Setting) -> str:
@@ -112,24 +112,27 @@ def _sizes(setting: Setting) -> str:
 
 
 def _reading(table: list[Row], setting: Setting, seeds: int) -> list[str]:
+    if len(table) == 1:
+        return []
     compared = [row for row in table[1:] if row.difference is not None]
     if not compared:
         return ["One seed shows no spread: nothing can be said about differences between these rows."]
-    apart = [row for row in compared if row.told_apart]
-    names = "; ".join(f"{row.contestant.name} ({row.difference:+.2f})" for row in apart)
-    text = (
-        f"How to read it: an interval that contains 0 shows no difference. Of {len(compared)} differences to the first "
-        f"row, {len(apart)} exclude{'s' if len(apart) == 1 else ''} 0{f': {names}' if names else ''}."
-    )
-    if len(compared) > 1:
-        text += f" One in twenty does so by chance alone, and {len(compared)} are looked at."
+    best, worst = min(table, key=lambda row: row.mean), max(table, key=lambda row: row.mean)
+    apart = [f"{row.contestant.name} ({row.difference:+.2f})" for row in compared if row.told_apart]
+    lines = [
+        f"The lowest mean error is that of {best.contestant.name} ({best.mean:.2f}), the highest that of "
+        f"{worst.contestant.name} ({worst.mean:.2f}). Differences to the first row whose interval excludes 0: "
+        f"{'; '.join(apart) or 'none'}, of {len(compared)}. An interval that contains 0 shows no difference, nor that "
+        "there is none; one in twenty excludes 0 by chance alone."
+    ]
     if setting.data == "digits":
-        text += (
-            f" {seeds} seeds, 8×8 images and networks of this size cannot confirm or refute the paper's ordering on "
-            "CIFAR, whose differences are tenths of a per cent. What they show is that all of these networks train "
-            "with the same recipe, and to errors of the same size."
-        )
-    return [text]
+        lines += [
+            "",
+            f"Runs this small ({seeds} seeds, 8×8 images, {setting.epochs} epochs) cannot confirm or refute the "
+            "paper's ordering on CIFAR, whose differences are tenths of a per cent. They show how these networks learn "
+            "from a few hundred small images with one recipe, tuned for none of them.",
+        ]
+    return lines
 
 
 def _provenance(provenance: dict[str, str]) -> str:

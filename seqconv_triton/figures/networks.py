@@ -40,9 +40,10 @@ def load_network(path: Path, model: str | None = None) -> Backbone:
     held = read_file(path)
     state = held.get("model", held) if isinstance(held.get("model"), Mapping) else held
     assert isinstance(state, Mapping)
-    entries = _without_prefixes(unwrap(state))
-    if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
+    entries = unwrap(state)
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries.items()):
         raise ValueError(f"{path} holds no weights: expected a checkpoint or a state dict")
+    entries = _without_prefixes(entries)
     published = any(name.endswith(".LinearLayer.weight") for name in entries)
     sizes = _sizes(entries, published)
     if model is not None:

@@ -50,6 +50,8 @@ class CifarSeqResNet(Backbone):
     ) -> None:
         if len(blocks) != 3 or min(blocks) < 1:
             raise ValueError(f"blocks ({tuple(blocks)}) must be three numbers of at least 1, one a stage")
+        if group_width < 1:
+            raise ValueError(f"group_width ({group_width}) must be at least 1")
         if widen < 1:
             raise ValueError(f"widen ({widen}) must be at least 1")
         if stem_channels < 1:
