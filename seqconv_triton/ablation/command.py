@@ -59,7 +59,7 @@ def compare(
     Raises ValueError for unknown networks, no seeds, or results of another setting in `output`.
     """
     try:
-        import scipy  # noqa: F401
+        import scipy  # type: ignore[import-untyped,unused-ignore] # noqa: F401
         import sklearn  # noqa: F401
         from tqdm import tqdm
     except ImportError as error:

@@ -66,7 +66,7 @@ def rows(results: list[Result]) -> list[Row]:
 
 def half_width(values: list[float]) -> float:
     """Half of the 95 % confidence interval of the mean, by Student's t."""
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
