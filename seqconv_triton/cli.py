@@ -22,6 +22,11 @@ COMMANDS = {
     "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.summary"),
     "demo": Command("train a small network on handwritten digits", "seqconv_triton.training.demo"),
     "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.kernels.report"),
+    "heatmap": Command("draw which group uses which (Figure 5), from a checkpoint", "seqconv_triton.figures.heatmap"),
+    "history": Command("plot the training curves of several runs (Figure 4)", "seqconv_triton.figures.history"),
+    "ablation": Command(
+        "train the ablation's networks (Table 5) and equal baselines", "seqconv_triton.ablation.command"
+    ),
 }
 
 

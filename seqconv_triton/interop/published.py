@@ -7,6 +7,7 @@ num_batches_tracked}`; our packed norms have one `num_batches_tracked` for all t
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,7 @@ def _groups(stage: Stage, names: list[str], split: bool) -> Iterator[Entry]:
             j += 1
 
 
-def _layer_names(stage: Stage, number: int, entry: str) -> list[str]:
+def layer_names(stage: Stage, number: int, entry: str) -> list[str]:
     """The published names of a stage's layers: entry, blocks, extension."""
     names, block = [], 0
     for layer, following in zip(stage.plan.layers, (*stage.plan.layers[1:], None), strict=True):
@@ -102,7 +103,7 @@ def _entries(model: Backbone) -> Iterator[Entry]:
     else:
         raise TypeError(f"model must be one of the paper's networks, not {type(model).__name__}")
     for number, stage in enumerate(stages, 1):
-        yield from _groups(stage, _layer_names(stage, number, "Head"), split)
+        yield from _groups(stage, layer_names(stage, number, "Head"), split)
         last = number == len(stages)
         assert stage.tail_weight is not None
         norm = model.norm if last else stages[number].norm
@@ -136,7 +137,7 @@ def load_published(
     TypeError if model is none of the paper's networks, or source nothing to load from; OSError as open() does.
     """
     _require_backbone(model)
-    given = _unwrap(source if isinstance(source, Mapping) else _read(source))
+    given = unwrap(source if isinstance(source, Mapping) else read_file(source))
     with torch.no_grad():  # views that may be written
         entries = list(_entries(model))
     problems = _problems(entries, given)
@@ -157,7 +158,8 @@ def _require_backbone(model: object) -> None:
         raise TypeError(f"model must be one of the paper's networks, not {type(model).__name__}")
 
 
-def _read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
+def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
+    """A dictionary from a file, without running code of it. ValueError for any other file, OSError as open() does."""
     if not isinstance(source, str | os.PathLike) and not hasattr(source, "seek"):
         raise TypeError(f"source must be a path, an open file or a state dict, not {type(source).__name__}")
     where = str(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "the file")
@@ -167,9 +169,9 @@ def _read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:
         raise ValueError(
             f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
+            raise
         raise ValueError(f"{where} is no checkpoint, or only part of one: {_brief(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{where} holds a {type(loaded).__name__}; expected a dictionary of tensors")
@@ -180,7 +182,8 @@ def _brief(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _unwrap(given: Mapping[str, object]) -> dict[str, object]:
+def unwrap(given: Mapping[str, object]) -> dict[str, object]:
+    """A state dict out of its key `state_dict`, if it is in one, and without DataParallel's prefix."""
     inner = given.get("state_dict")
     entries = dict(inner if isinstance(inner, Mapping) else given)
     if entries and all(str(name).startswith("module.") for name in entries):

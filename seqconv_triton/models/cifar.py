@@ -30,6 +30,7 @@ class CifarSeqResNet(Backbone):
         dropout: probability with which whole channels of what a group sees are dropped in training.
         num_classes: outputs of the classifier; 0 for none.
         in_chans: channels of the images.
+        stem_channels: the 16 of all these widths; another number scales the whole network, group_width excepted.
     """
 
     def __init__(
@@ -43,16 +44,21 @@ class CifarSeqResNet(Backbone):
         dropout: float = 0.1,
         num_classes: int = 10,
         in_chans: int = 3,
+        stem_channels: int = STEM_CHANNELS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(blocks) != 3 or min(blocks) < 1:
             raise ValueError(f"blocks ({tuple(blocks)}) must be three numbers of at least 1, one a stage")
+        if group_width < 1:
+            raise ValueError(f"group_width ({group_width}) must be at least 1")
         if widen < 1:
             raise ValueError(f"widen ({widen}) must be at least 1")
+        if stem_channels < 1:
+            raise ValueError(f"stem_channels ({stem_channels}) must be at least 1")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        widths = [16 * widen, 32 * widen, 48 * widen]
-        stem = nn.Sequential(StemConv2d(in_chans, STEM_CHANNELS, **where))
+        widths = [stem_channels * widen * factor for factor in (1, 2, 3)]
+        stem = nn.Sequential(StemConv2d(in_chans, stem_channels, **where))
         stages = []
         for i, channels in enumerate(widths):
             following = widths[i + 1] if i < 2 else None
@@ -60,7 +66,7 @@ class CifarSeqResNet(Backbone):
                 channels,
                 group_width,
                 blocks[i],
-                entry_channels=STEM_CHANNELS if i == 0 else None,
+                entry_channels=stem_channels if i == 0 else None,
                 extension=following - channels if following else 0,
                 bottleneck=bottleneck,
                 windowed=windowed,

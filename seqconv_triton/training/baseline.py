@@ -35,14 +35,25 @@ class PreactivationBlock(nn.Module):
 
 
 class PreactivationResNet(nn.Module):
-    """3×3 conv, three stages of `blocks` blocks each, BN-ReLU, mean over the image, classifier."""
+    """3×3 conv, three stages of `blocks` blocks each, BN-ReLU, mean over the image, classifier.
 
-    def __init__(self, widths: tuple[int, int, int], blocks: int, *, num_classes: int, in_chans: int) -> None:
+    The first conv gives `stem_channels` channels, by default as many as the first stage has.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        blocks: int,
+        *,
+        num_classes: int,
+        in_chans: int,
+        stem_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self.widths = widths
-        self.stem = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+        channels = widths[0] if stem_channels is None else stem_channels
+        self.stem = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         parts: list[nn.Module] = []
-        channels = widths[0]
         for i, width in enumerate(widths):
             for j in range(blocks):
                 parts.append(PreactivationBlock(channels, width, 2 if i > 0 and j == 0 else 1))
@@ -50,15 +61,20 @@ class PreactivationResNet(nn.Module):
         self.blocks = nn.Sequential(*parts)
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
         x = x.contiguous(memory_format=torch.channels_last)
         features = F.relu(self.norm(self.blocks(self.stem(x))))
         return self.classifier(features.mean((2, 3)))
+
+
+def he_initialise(model: nn.Module) -> None:
+    """He et al., 2015: convs normal with variance 2 / fan-out."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def count_parameters(model: nn.Module) -> int:
