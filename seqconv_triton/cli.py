@@ -22,6 +22,7 @@ COMMANDS = {
     "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.summary"),
     "demo": Command("train a small network on handwritten digits", "seqconv_triton.training.demo"),
     "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.kernels.report"),
+    "tune": Command("measure the kernels' configurations on a GPU", "seqconv_triton.kernels.tuning_command"),
 }
 
 

@@ -26,6 +26,7 @@ from seqconv_triton.kernels.launch import (
     precision,
     row_stride,
     run,
+    tunable,
     wide,
 )
 from seqconv_triton.kernels.statistics import finish_statistics
@@ -111,6 +112,7 @@ def convolution_forward_kernel(
         )  # fmt: skip
 
 
+@tunable
 def convolution(
     source: Features,
     start: int,
@@ -157,7 +159,7 @@ def _fixed(
     """Grid and compile-time constants: derived once, not for every launch."""
     block_n = channel_tile(shape.c_out, shape.group_out)
     reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("convolution", reach, block_n, element_size, arch)
+    config = config_for("convolution", reach, block_n, element_size, arch, shape.kernel**2)
     return (cdiv(shape.out_pixels, config.block_p), cdiv(shape.c_out, block_n)), dict(
         C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
         KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=identity,

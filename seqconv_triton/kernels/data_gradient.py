@@ -19,7 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
-from seqconv_triton.kernels.launch import FAN, A, ConvShape, Scratch, cdiv, covered, precision, row_stride, run, wide
+from seqconv_triton.kernels.launch import (
+    FAN,
+    A,
+    ConvShape,
+    Scratch,
+    cdiv,
+    covered,
+    precision,
+    row_stride,
+    run,
+    tunable,
+    wide,
+)
 from seqconv_triton.kernels.statistics import finish_gradients
 
 
@@ -177,6 +189,7 @@ class Fresh(NamedTuple):
     passed: Tensor | None = None
 
 
+@tunable
 def data_gradient(
     dy: Tensor,
     weight: Tensor,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import smallest_tile
+from seqconv_triton.kernels.configs import architecture, smallest_tile
 
 
 @triton.jit
@@ -92,7 +93,7 @@ class Scratch(NamedTuple):
 
     @classmethod
     def allocate(cls, like: Tensor, pixels: int, channels: int) -> Scratch:
-        tiles = cdiv(pixels, smallest_tile())
+        tiles = cdiv(pixels, smallest_tile(architecture(like.device)))
         chunks = cdiv(tiles, FAN)
         sums = like.new_empty((2, tiles + chunks, channels), dtype=torch.float32)
         counters = like.new_zeros((chunks + 1) * max(1, cdiv(channels, 16)), dtype=torch.int32)
@@ -119,6 +120,35 @@ def listen(listener: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _listener = outer
+
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+_recorder: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
+def tunable(launcher: Callable[Given, Result]) -> Callable[Given, Result]:
+    """A launcher whose calls `record` can hear of."""
+
+    @wraps(launcher)
+    def call(*arguments: Given.args, **options: Given.kwargs) -> Result:
+        if _recorder is None:
+            return launcher(*arguments, **options)
+        result: Result = _recorder(launcher, arguments, options)
+        return result
+
+    return call
+
+
+@contextmanager
+def record(recorder: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Inside, `recorder(launcher, arguments, options)` is called in place of every tunable launcher."""
+    global _recorder
+    outer, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = outer
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -22,6 +22,7 @@ from seqconv_triton.kernels.launch import (
     precision,
     row_stride,
     run,
+    tunable,
     wide,
 )
 
@@ -96,6 +97,7 @@ def weight_gradient_kernel(
     tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=mask_m[:, None] & held)
 
 
+@tunable
 def weight_gradient(
     dy: Tensor,
     source: Features,
@@ -115,7 +117,7 @@ def weight_gradient(
     """
     block_m = channel_tile(shape.c_out, shape.group_out, 64)
     reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device))
+    config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device), shape.kernel**2)
     block_n = config.block_k
     tiles_n = cdiv(reach, block_n)
     programs = cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
