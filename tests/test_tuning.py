@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +127,16 @@ def test_every_candidate_of_every_key_is_right(name: str) -> None:
                 got = tuning_calls.compute(call)
             assert max(map(error, got, exact)) < 1e-5, (call.key, config)
     assert {family for family, _ in families} == set(configs.TWO_STAGES)
+
+
+@interpreted
+def test_rounding_alone_is_no_difference() -> None:
+    """In float16 every default is within the tolerance of plain float32, and no result overflows."""
+    for call in calls_of("bottleneck", dtype=torch.float16):
+        exact = tuning_calls.plain(call)
+        got = tuning_calls.compute(call)
+        assert tuning_measure.difference(got, exact, call) == "", call.key
+        assert tuning_measure.difference([1.02 * result for result in got], exact, call), call.key
 
 
 @interpreted
@@ -312,6 +325,126 @@ def test_a_table_that_cannot_be_written_is_printed(
     captured = capsys.readouterr()
     assert "No space left" in captured.err
     assert key in tuning_tables.parse(json.loads(captured.out), one_gpu)
+
+
+def arguments_of(**options: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    tuning_command.add_arguments(parser)
+    given = parser.parse_args(["cifar_seqresnet_r4_k8", "--dtype", "float32", "--batch", "1"])
+    vars(given).update(options)
+    return given
+
+
+@pytest.fixture
+def stand_in(quick: None, one_gpu: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU in a GPU's place: nothing is compiled or computed, times come from a clock made up here."""
+    import triton
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: None))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    monkeypatch.setattr(
+        tuning_measure,
+        "unusable",
+        lambda calls, *_: [(call.key, config, "") for call in calls for config in candidates(call.key, ARCH)],
+    )
+    monkeypatch.setattr(
+        tuning_measure, "gpu_timer", lambda device: Clock(lambda c: 0.5 if c.num_stages == 2 and c.block_p > 32 else 1)
+    )
+    return one_gpu
+
+
+@interpreted
+def test_a_whole_model_is_tuned_twice(stand_in: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second time everything is as good as it gets: what the first one stored is what others must beat."""
+    images, arch = (1, 3, 32, 32), f"{ARCH}:{stand_in}"
+    keys = keys_of("cifar_seqresnet_r4_k8", images, torch.float32)
+    expected = {key for key in keys if key.kernel != "weight_gradient"}
+    with configs.assume(arch):
+        assert tuning_command.tune(arguments_of(), torch.device("cpu"), stand_in) == 0
+        printed = capsys.readouterr().out
+        assert f"{len(keys)} of {len(keys)} keys measured, {len(expected)} changed" in printed
+        entries = tuning_tables.read(tuning_tables.user_file(stand_in), stand_in)
+        assert set(entries) == expected
+        for key, entry in entries.items():
+            assert configs.config_for(*key[:4], arch, key.taps) == entry.config != heuristic(key, arch)
+            assert "tune cifar_seqresnet_r4_k8 --dtype float32 --batch 1" in entry.provenance["command"]
+        assert tuning_command.tune(arguments_of(), torch.device("cpu"), stand_in) == 0
+        assert f"{len(keys)} of {len(keys)} keys measured, 0 changed" in capsys.readouterr().out
+
+
+@interpreted
+def test_an_interruption_keeps_what_was_measured(stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def interrupted(call: Call, *_: object) -> Outcome:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(call.key)
+        return outcome_of(call.key)
+
+    monkeypatch.setattr(tuning_measure, "measure", interrupted)
+    with configs.assume(f"{ARCH}:{stand_in}"), pytest.raises(KeyboardInterrupt):
+        tuning_command.tune(arguments_of(), torch.device("cpu"), stand_in)
+    assert list(tuning_tables.read(tuning_tables.user_file(stand_in), stand_in)) == sorted(measured)
+
+
+@interpreted
+def test_what_there_is_no_time_for_stays(stand_in: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with configs.assume(f"{ARCH}:{stand_in}"):
+        assert tuning_command.tune(arguments_of(seconds=1e-6), torch.device("cpu"), stand_in) == 0
+    assert "0 of " in capsys.readouterr().out
+    assert not tuning_tables.user_file(stand_in).exists()
+
+
+@interpreted
+def test_a_wrong_kernel_is_exit_status_1(stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(call: Call, *_: object) -> Outcome:
+        return Outcome(call.key, *candidates(call.key, ARCH)[:1] * 2, wrong="wrong by 3e-01")
+
+    monkeypatch.setattr(tuning_measure, "measure", wrong)
+    with configs.assume(f"{ARCH}:{stand_in}"):
+        assert tuning_command.tune(arguments_of(), torch.device("cpu"), stand_in) == 1
+
+
+def test_export_prints_the_table_alone(
+    one_gpu: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name=one_gpu))
+    assert cli.main(["tune", "--export"]) == 2
+    assert capsys.readouterr().err == "nothing was tuned on Test GPU yet\n"
+    assert cli.main(["tune", "--export", "--gpu", "1"]) == 2
+    assert "--gpu (1) must be from 0 to 0" in capsys.readouterr().err
+    key = Key("convolution", 512, 64, 2, 1)
+    tuning_command.store([outcome_of(key)], one_gpu, {"date": "2026-01-01"})
+    capsys.readouterr()
+    assert cli.main(["tune", "--export", "--gpu"]) == 0
+    entry = tuning_tables.parse(json.loads(capsys.readouterr().out), one_gpu)[key]
+    assert entry.provenance == {"date": "2026-01-01"} and entry.config == candidates(key, ARCH)[1]
+
+
+class Event:
+    """A CUDA event that takes the time from this process's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_the_timer_is_bounded_and_times_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(tuning_measure, "FLUSH_BYTES", 1000)
+    timer = tuning_measure.gpu_timer(torch.device("cpu"), limit=20)
+    quick, slow = timer(lambda: None), timer(lambda: time.sleep(0.02))
+    assert len(quick) == 25 and len(slow) == 3
+    assert max(quick) < min(slow) and min(slow) >= 20
 
 
 def test_dry_run_lists_keys_and_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,8 @@ _versions = itertools.count(1)
 _version = 0
 
 
-def _changed() -> None:
+def derive_again() -> None:
+    """What launchers derived from configurations is derived again before the next launch."""
     global _version
     _version = next(_versions)
 
@@ -76,7 +77,7 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
             raise ValueError(f"{name} ({size}) must be a power of two from 16 on")
     outer = _pinned.get(kernel)
     _pinned[kernel] = LaunchConfig(block_p, 0, block_k, num_warps, num_stages)
-    _changed()
+    derive_again()
     try:
         yield
     finally:
@@ -84,7 +85,7 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
             del _pinned[kernel]
         else:
             _pinned[kernel] = outer
-        _changed()
+        derive_again()
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def use_tables(*tables: Table) -> Iterator[None]:
 def reload_tables() -> None:
     """Read the stored tables again before the next launch; otherwise a process reads them once."""
     _tables.clear()
-    _changed()
+    derive_again()
 
 
 def pinned() -> int:
@@ -119,7 +120,7 @@ def hear_keys() -> Iterator[list[Key]]:
     """The keys that configurations are asked for inside; nothing derived from them earlier is used."""
     global _heard
     outer, _heard = _heard, []
-    _changed()
+    derive_again()
     try:
         yield _heard
     finally:

@@ -24,9 +24,9 @@ from seqconv_triton.kernels.launch import (
     channel_offset,
     covered,
     precision,
+    recorders,
     row_stride,
     run,
-    tunable,
     wide,
 )
 from seqconv_triton.kernels.statistics import finish_statistics
@@ -112,7 +112,6 @@ def convolution_forward_kernel(
         )  # fmt: skip
 
 
-@tunable
 def convolution(
     source: Features,
     start: int,
@@ -127,6 +126,8 @@ def convolution(
     eps: float = 0.0,
 ) -> None:
     """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
+    if recorders:
+        recorders[-1](convolution, locals())
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
         wide(source.rows, shortcut, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),

@@ -27,9 +27,9 @@ from seqconv_triton.kernels.launch import (
     cdiv,
     covered,
     precision,
+    recorders,
     row_stride,
     run,
-    tunable,
     wide,
 )
 from seqconv_triton.kernels.statistics import finish_gradients
@@ -189,7 +189,6 @@ class Fresh(NamedTuple):
     passed: Tensor | None = None
 
 
-@tunable
 def data_gradient(
     dy: Tensor,
     weight: Tensor,
@@ -215,6 +214,8 @@ def data_gradient(
     With `norm` (vectors [11, channels]) it goes through that BN's ReLU, and the BN's gradients and coefficients are
     written; `batch` says that its statistics were the batch's. `fresh` is the first reader's dy, which is then written.
     """
+    if recorders:
+        recorders[-1](data_gradient, locals())
     new = fresh or Fresh(out, out, out)
     grid, constants = _fixed(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,

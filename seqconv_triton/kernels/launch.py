@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -122,33 +121,18 @@ def listen(listener: Callable[..., None]) -> Iterator[None]:
         _listener = outer
 
 
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
-_recorder: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
-
-
-def tunable(launcher: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A launcher whose calls `record` can hear of."""
-
-    @wraps(launcher)
-    def call(*arguments: Given.args, **options: Given.kwargs) -> Result:
-        if _recorder is None:
-            return launcher(*arguments, **options)
-        result: Result = _recorder(launcher, arguments, options)
-        return result
-
-    return call
+Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
+recorders: list[Recorder] = []
 
 
 @contextmanager
-def record(recorder: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Inside, `recorder(launcher, arguments, options)` is called in place of every tunable launcher."""
-    global _recorder
-    outer, _recorder = _recorder, recorder
+def record(recorder: Recorder) -> Iterator[None]:
+    """Inside, `recorder(launcher, its arguments by name)` hears of the calls of every launcher that can be tuned."""
+    recorders.append(recorder)
     try:
         yield
     finally:
-        _recorder = outer
+        recorders.pop()
 
 
 def precision(dtype: torch.dtype) -> str:

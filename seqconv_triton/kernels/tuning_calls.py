@@ -6,7 +6,6 @@ Calls are recorded while nothing is launched, on meta tensors or on a device; th
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from seqconv_triton.kernels import tuning_plain
 from seqconv_triton.kernels.ahead import stage_inputs, stage_passes
-from seqconv_triton.kernels.configs import Key, LaunchConfig, assume, hear_keys, pin
+from seqconv_triton.kernels.configs import Key, LaunchConfig, assume, derive_again, hear_keys, pin
 from seqconv_triton.kernels.launch import D_WEIGHT, MEAN, SHIFT, C, ConvShape, Features, Scratch, listen, record
 from seqconv_triton.layers import PackedSeqConv
 
@@ -86,18 +85,16 @@ def collect(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype, arch:
 
 def recorded(stage: PackedSeqConv, x: Tensor) -> list[Call]:
     """The tunable calls of a training step of one stage, in their order; none is made."""
-    calls: list[Call] = []
+    noted: list[tuple[Callable[..., Any], dict[str, Any]]] = []
 
-    def note(launcher: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        with hear_keys() as keys:
-            result = launcher(*arguments, **options)
-        calls.append(Call(keys[0], launcher, dict(inspect.signature(launcher).bind(*arguments, **options).arguments)))
-        return result
+    def note(launcher: Callable[..., Any], given: dict[str, Any]) -> None:
+        noted.append((launcher, dict(given)))
+        derive_again()  # so that this very call asks for its configuration
 
-    with listen(lambda *_: None), record(note), torch.no_grad():
+    with hear_keys() as keys, listen(lambda *_: None), record(note), torch.no_grad():
         for run_pass in stage_passes(stage, x, training=True):
             run_pass()
-    return calls
+    return [Call(key, *call) for key, call in zip(keys, noted, strict=True)]
 
 
 def on_device(works: list[Work], dtype: torch.dtype, device: torch.device) -> list[Call]:

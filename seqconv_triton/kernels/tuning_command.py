@@ -56,9 +56,6 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("tune needs a GPU, and torch sees none (--dry-run lists what would be measured)", file=sys.stderr)
         return 2
-    if triton.knobs.runtime.interpret:
-        print("TRITON_INTERPRET is set: times of interpreted kernels mean nothing", file=sys.stderr)
-        return 2
     if not 0 <= arguments.gpu < torch.cuda.device_count():
         raise ValueError(f"--gpu ({arguments.gpu}) must be from 0 to {torch.cuda.device_count() - 1}")
     device = torch.device("cuda", arguments.gpu)
@@ -70,6 +67,9 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
             return 2
         print(tuning_tables.document(entries, gpu), end="")
         return 0
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: times of interpreted kernels mean nothing", file=sys.stderr)
+        return 2
     with torch.cuda.device(device):
         return tune(arguments, device, gpu)
 

@@ -34,6 +34,7 @@ HOPELESS = 1.5  # after the first round
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 TF32_TOLERANCE = 4e-3
 OFF = 1e-5
+FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
 @dataclass
@@ -209,7 +210,7 @@ def gpu_timer(device: torch.device, limit: float = 8.0) -> Timer:
     Before each run a large memory is written: it empties the L2 cache, and keeps the GPU busy while the CPU issues the
     run, so that a short kernel's time is its own and not that of its launch.
     """
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def event() -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
@@ -223,7 +224,7 @@ def gpu_timer(device: torch.device, limit: float = 8.0) -> Timer:
             run()
             end.record()
         torch.cuda.synchronize(device)
-        return [float(start.elapsed_time(end)) for start, end in pairs]
+        return [max(1e-4, start.elapsed_time(end)) for start, end in pairs]
 
     events(flush.zero_, 2, 0)
     own = min(events(flush.zero_, 3, 0))
