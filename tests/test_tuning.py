@@ -424,6 +424,16 @@ def test_export_prints_the_table_alone(
     assert entry.provenance == {"date": "2026-01-01"} and entry.config == candidates(key, ARCH)[1]
 
 
+def test_kernels_with_a_table_that_does_not_ship(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert cli.main(["kernels", "--tuned", "a GPU that nobody has"]) == 2
+    assert "no table ships for 'a GPU that nobody has'" in capsys.readouterr().err
+
+
 class Event:
     """A CUDA event that takes the time from this process's clock."""
 

@@ -10,8 +10,10 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from seqconv_triton.kernels import configs, tuning_tables
 from seqconv_triton.kernels.configs import Key, LaunchConfig, config_for
@@ -166,7 +168,7 @@ def test_no_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("platform", "environment", "expected"),
     [
-        ("linux", {"XDG_CACHE_HOME": "/elsewhere"}, "/elsewhere"),
+        ("linux", {"XDG_CACHE_HOME": os.path.abspath("elsewhere")}, os.path.abspath("elsewhere")),
         ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache"),
         ("linux", {}, "~/.cache"),
         ("darwin", {"XDG_CACHE_HOME": "/elsewhere"}, "~/Library/Caches"),
@@ -183,6 +185,35 @@ def test_cache_directory_of_the_platform(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tuning_tables.sys, "platform", platform)
     assert tuning_tables.cache_directory() == Path(expected).expanduser() / "seqconv_triton"
+
+
+@pytest.mark.parametrize(
+    ("properties", "hip", "expected"),
+    [
+        ({"major": 9, "minor": 0, "name": "NVIDIA H200"}, None, "sm_90:NVIDIA H200"),
+        ({"gcnArchName": "gfx942:sramecc+:xnack-", "name": "AMD Instinct MI300X"}, "6.4", "gfx942:AMD Instinct MI300X"),
+    ],
+)
+def test_an_architecture_names_its_gpu(
+    properties: dict[str, object], hip: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    configs._architecture.cache_clear()
+    try:
+        assert configs.architecture(torch.device("cuda", 0)) == expected
+    finally:
+        configs._architecture.cache_clear()
+    assert configs.architecture(torch.device("cpu")) == configs.architecture(torch.device("meta")) == "sm_90"
+
+
+def test_tables_that_ship_are_readable_and_say_where_they_come_from() -> None:
+    for path in tuning_tables.SHIPPED.glob("*.json"):
+        gpu = json.loads(path.read_text("utf-8"))["gpu"]
+        assert path.name == tuning_tables.file_name(gpu)
+        for shipped in tuning_tables.read(path, gpu).values():
+            assert set(shipped.provenance) >= {"seqconv_triton", "torch", "triton", "date", "command"}
+    assert tuning_tables.shipped("a GPU that nobody has") == {}
 
 
 WRITER = """

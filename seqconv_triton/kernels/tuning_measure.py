@@ -34,6 +34,7 @@ HOPELESS = 1.5  # after the first round
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 TF32_TOLERANCE = 4e-3
 OFF = 1e-5
+MOST_THREADS = 32  # a compilation takes some 200 MB
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
@@ -158,7 +159,7 @@ def unusable(
     What is not compiled by the deadline (of time.monotonic) is turned down: there is no time to measure it.
     """
     jobs = {}
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
     try:
         for call in calls:
             for config in contenders(call.key, arch):
