@@ -37,7 +37,7 @@ class Call:
             first, last = self.given["span"]
             inputs = self.given["channels"] if self.given["windows"] else shape.group_in
             return shape.out_pixels * shape.kernel**2 * shape.c_out * inputs * (last - first)
-        times = len(self.given["groups"]) if self.key.kernel == "weight_gradient" else 1
+        times = len(self.given["dy"]) if self.key.kernel == "weight_gradient" else 1
         return shape.out_pixels * shape.kernel**2 * shape.c_out * shape.group_in * times
 
     @property
