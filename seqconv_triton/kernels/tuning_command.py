@@ -85,12 +85,10 @@ def works_of(arguments: argparse.Namespace, arch: str) -> list[Work]:
 
 def dry_run(arguments: argparse.Namespace) -> int:
     works = works_of(arguments, arguments.arch)
-    print(
-        f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(works)} keys; a configuration is tile of pixels"
-    )
-    print("× outputs × reduction, warps, stages; the first one is the heuristic's")
+    print(f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(works)} keys, and the candidates of each:")
+    print("pixels × outputs × reduction of a tile, w warps, s stages of loads; the heuristic's first")
     for work in works:
-        print(f"\n{title(work.key)}, {work.launches} launches in a training step")
+        print(f"\n{title(work.key)}; launches in a training step: {work.launches}")
         print("   ", "  ".join(map(short, candidates(work.key, arguments.arch))))
     print("\nNothing was measured.")
     return 0
@@ -158,17 +156,18 @@ def measure_all(
 
 
 def is_wrong(outcome: Outcome) -> bool:
-    return outcome.wrong not in ("", "no time")
+    from seqconv_triton.kernels.tuning_measure import NO_TIME
+
+    return outcome.wrong not in ("", NO_TIME)
 
 
 def report(outcomes: list[Outcome], keys: int, gpu: str) -> None:
     """What changed, what was turned down, what is wrong."""
     changed = [outcome for outcome in outcomes if outcome.after != outcome.before]
     for o in sorted(changed, key=lambda outcome: outcome.key):
-        times = " → ".join(
-            f"{o.milliseconds[c] * 1e3:.1f}" if c in o.milliseconds else "wrong" for c in (o.before, o.after)
-        )
-        print(f"{title(o.key):<50}{short(o.before):>22} → {short(o.after):<22}{times:>18} µs  {o.ratio:.2f} ×")
+        old, new = o.milliseconds.get(o.before), o.milliseconds[o.after]
+        gain = o.rejected[o.before] if old is None else f"{old * 1e3:.1f} → {new * 1e3:.1f} µs  {old / new:.2f} ×"
+        print(f"{title(o.key):<50}{short(o.before):>22} → {short(o.after):<22}{gain:>30}")
     for o in outcomes:
         if is_wrong(o):
             print(f"{title(o.key):<50}not measured, {short(o.before)}: {o.wrong}")

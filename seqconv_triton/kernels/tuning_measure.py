@@ -34,6 +34,7 @@ HOPELESS = 1.5  # after the first round
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 TF32_TOLERANCE = 4e-3
 OFF = 1e-5
+NO_TIME = "no time"
 MOST_THREADS = 32  # a compilation takes some 200 MB
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
@@ -52,11 +53,6 @@ class Outcome:
     rejected: dict[LaunchConfig, str] = field(default_factory=dict)
     wrong: str = ""
 
-    @property
-    def ratio(self) -> float:
-        """How many times as fast it is now; NaN where what was in use is wrong."""
-        return self.milliseconds.get(self.before, math.nan) / self.milliseconds.get(self.after, math.nan)
-
 
 def contenders(key: Key, arch: str) -> list[LaunchConfig]:
     """The configuration in use, the heuristic's and the candidates, at most eight in all."""
@@ -72,6 +68,9 @@ def measure(call: Call, arch: str, timer: Timer, known: Mapping[LaunchConfig, st
     """
     order = contenders(call.key, arch)
     outcome = Outcome(call.key, order[0], order[0], rejected=dict(known or {}))
+    if outcome.rejected.get(order[0]) == NO_TIME:
+        outcome.wrong = NO_TIME
+        return outcome
     try:
         fill(call)
         right = _right(call, order, heuristic(call.key, arch), outcome)
@@ -171,7 +170,7 @@ def unusable(
             yield key, config, "" if unmeasured and job.result() == "spills" else job.result()
     except TimeoutError:
         for key, config in jobs.values():
-            yield key, config, "no time"
+            yield key, config, NO_TIME
     finally:
         pool.shutdown(cancel_futures=True)
 
