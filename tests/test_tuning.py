@@ -102,7 +102,7 @@ def test_candidates_are_few_distinct_and_fit(dtype: torch.dtype, arch: str) -> N
     for name in (*IMAGENET, "cifar_seqresnet_r4_k8"):
         for key in keys_of(name, (2, 3, 64, 64), dtype):
             proposed = candidates(key, arch)
-            assert proposed == candidates(key, arch)
+            assert key.kernel not in configs.WITH_SUMS or heuristic(key, arch).block_p >= configs.smallest_tile(arch)
             assert proposed[0] == heuristic(key, arch)
             assert 2 <= len(proposed) == len(set(proposed)) <= 8
             for config in proposed:

@@ -20,7 +20,6 @@ TWO_STAGES = {
     "data_gradient": ("gfx",),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
-HEURISTIC_TILE = 64  # the fewest pixels that the heuristic gives a tile with sums
 WITH_SUMS = ("convolution", "data_gradient")  # families whose tiles of pixels leave sums in `launch.Scratch`
 
 
@@ -196,7 +195,7 @@ def _stored(arch: str) -> tuple[Table, int]:
 
             merged.update(configurations(gpu, arch))
         tiles = [config.block_p for key, config in merged.items() if key.kernel in WITH_SUMS]
-        found = _tables[arch] = (merged, min([HEURISTIC_TILE, *tiles]))
+        found = _tables[arch] = (merged, min([64, *tiles]))  # the heuristic's have 64 at least
     return found
 
 
@@ -217,14 +216,14 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
 
     Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
     """
-    kernel, block_n = key.kernel, key.block_n
+    kernel, reduction, block_n, element_size, taps = key
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    block_k = max(16, min(64, next_power_of_2(key.reduction)))
+    block_k = max(16, min(64, next_power_of_2(reduction)))
     if kernel == "weight_gradient":
         return LaunchConfig(32, block_n, block_k, 4, stages)
-    if key.element_size == 4:
+    if element_size == 4:
         block_k = min(32, block_k)
     # Nine taps of gradients that go through BN on load need registers: a smaller tile, or they spill.
-    crowded = kernel == "data_gradient" and key.taps > 1
-    block_p = 128 if block_n <= 64 and not crowded else HEURISTIC_TILE
+    crowded = kernel == "data_gradient" and taps > 1
+    block_p = 128 if block_n <= 64 and not crowded else 64
     return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= (4096 if crowded else 8192) else 4, stages)
