@@ -27,6 +27,7 @@ COMMANDS = {
     "ablation": Command(
         "train the ablation's networks (Table 5) and equal baselines", "seqconv_triton.ablation.command"
     ),
+    "tune": Command("measure the kernels' configurations on a GPU", "seqconv_triton.kernels.tuning_command"),
 }
 
 

@@ -283,7 +283,7 @@ def test_pinning_refuses_what_is_no_tile() -> None:
     before = configs.config_for("convolution", 64, 32, 2)
     with configs.pin("convolution", 32, 16):
         assert configs.config_for("convolution", 64, 32, 2) == (32, 32, 16, 4, 2)
-        assert configs.smallest_tile() == 32
+        assert configs.smallest_tile("sm_90") == 32
     assert configs.config_for("convolution", 64, 32, 2) == before
 
 

@@ -23,7 +23,8 @@ from seqconv_triton.backend import StageGradients, Statistics, WantedGradients
 from seqconv_triton.backend import triton as backend
 from seqconv_triton.backend.packing import empty_channels_last
 from seqconv_triton.kernels import launch
-from seqconv_triton.kernels.configs import assume
+from seqconv_triton.kernels.configs import Table, assume, use_tables
+from seqconv_triton.kernels.tuning_candidates import shared_memory
 from seqconv_triton.layers import PackedSeqConv
 
 TARGETS = {
@@ -33,7 +34,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Shared memory that one program may have, bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {architecture: shared_memory(architecture) for architecture in TARGETS}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -102,29 +103,49 @@ def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
 
 
 def launches(
-    model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, architecture: str, in_chans: int = 3
+    model: nn.Module,
+    image_size: int,
+    batch: int,
+    dtype: torch.dtype,
+    architecture: str,
+    in_chans: int = 3,
+    tables: tuple[Table, ...] = (),
 ) -> list[Launch]:
-    """The distinct launches of a training step and an evaluation of `model`, which is on the meta device."""
+    """The distinct launches of a training step and an evaluation of `model`, which is on the meta device.
+
+    Configured by the heuristic, but for what is in `tables` (`tuning_tables.shipped` reads one).
+    """
     found: dict[Launch, None] = {}
 
     def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         found[describe(kernel, arguments, dict(constants))] = None
 
-    def run(stage: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-        assert isinstance(stage, PackedSeqConv)
-        x = inputs[0].to(dtype)
-        for training in (True, False):
-            for run_pass in stage_passes(stage, x, training):
-                run_pass()
+    images = (batch, in_chans, image_size, image_size)
+    with launch.listen(note), assume(architecture), use_tables(*tables), torch.no_grad():
+        for stage, size in stage_inputs(model, images):
+            x = torch.empty(size, device="meta", dtype=dtype)
+            for training in (True, False):
+                for run_pass in stage_passes(stage, x, training):
+                    run_pass()
+    return list(found)
 
-    hooks = [m.register_forward_hook(run) for m in model.modules() if isinstance(m, PackedSeqConv)]
+
+def stage_inputs(model: nn.Module, images: tuple[int, ...]) -> list[tuple[PackedSeqConv, torch.Size]]:
+    """Every layer or stage of `model`, which is on the meta device, and the size of its input for such images."""
+    found: list[tuple[PackedSeqConv, torch.Size]] = []
+
+    def note(stage: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+        assert isinstance(stage, PackedSeqConv)
+        found.append((stage, inputs[0].shape))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, PackedSeqConv)]
     try:
-        with launch.listen(note), assume(architecture), torch.no_grad():
-            model.train()(torch.empty(batch, in_chans, image_size, image_size, device="meta"))
+        with torch.no_grad():
+            model.train()(torch.empty(images, device="meta"))
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found)
+    return found
 
 
 def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callable[[], None]]:
@@ -162,26 +183,34 @@ def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callab
     return [forward, backward]
 
 
-def compile_launch(item: Launch, architecture: str) -> Compiled:
-    """Compile for a named architecture; the result also lands in Triton's cache."""
-    target = TARGETS[architecture]
+def build(item: Launch, target: GPUTarget) -> Any:
+    """Compile for a target; the result also lands in Triton's cache."""
     source = ASTSource(
         item.kernel,
         dict(item.signature),
         dict(item.constants),
         {(position,): [["tt.divisibility", 16]] for position in item.divisible},
     )
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": item.num_warps, "num_stages": item.num_stages}
-    )  # fmt: skip
-    shared = compiled.metadata.shared
-    if target.backend == "hip":
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def machine_code(compiled: Any) -> tuple[int, int, str]:
+    """Registers, spills and text of what was compiled."""
+    if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spills = (_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
-        loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
-    else:
-        registers, spills, text = _disassemble(compiled.asm["cubin"])
-        loads = [int(n) for n in re.findall(r"LDG(?:STS)?\.E\.(?:[A-Z]+\.)*(64|128)", text)]
+        return registers, spills, text
+    return _disassemble(compiled.asm["cubin"])
+
+
+def compile_launch(item: Launch, architecture: str) -> Compiled:
+    """Compile for a named architecture and read what came out."""
+    compiled = build(item, TARGETS[architecture])
+    shared = compiled.metadata.shared
+    registers, spills, text = machine_code(compiled)
+    loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
+    loads += [int(n) for n in re.findall(r"LDG(?:STS)?\.E\.(?:[A-Z]+\.)*(64|128)", text)]
     instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "-")
     return Compiled(
         item, registers, spills, shared, instruction, max(loads, default=32),

@@ -1,8 +1,13 @@
-"""Launch configurations: a pure function of what a kernel computes; nothing is measured before the first step."""
+"""Launch configurations: a pure function of what a kernel computes, and of tables that were measured before.
+
+What is pinned comes first, then the user's own table for the GPU, then the one that ships for it, then the heuristic.
+Nothing is measured here: `python -m seqconv_triton tune` does that (docs/tuning.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,6 +20,7 @@ TWO_STAGES = {
     "data_gradient": ("gfx",),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
+WITH_SUMS = ("convolution", "data_gradient")  # families whose tiles of pixels leave sums in `launch.Scratch`
 
 
 class LaunchConfig(NamedTuple):
@@ -27,7 +33,33 @@ class LaunchConfig(NamedTuple):
     num_stages: int
 
 
+class Key(NamedTuple):
+    """What a configuration depends on, beside the GPU; never on the batch or the size of the images.
+
+    `reduction` is the length of one tap's, `block_n` the tile of output channels, `element_size` in bytes.
+    """
+
+    kernel: str
+    reduction: int
+    block_n: int
+    element_size: int
+    taps: int
+
+
+Table = Mapping[Key, LaunchConfig]
+
 _pinned: dict[str, LaunchConfig] = {}
+_given: tuple[Table, ...] | None = None
+_tables: dict[str, tuple[Table, int]] = {}  # of an architecture: the table, and its smallest tile of pixels
+_heard: list[Key] | None = None
+_versions = itertools.count(1)
+_version = 0
+
+
+def derive_again() -> None:
+    """What launchers derived from configurations is derived again before the next launch."""
+    global _version
+    _version = next(_versions)
 
 
 @contextmanager
@@ -40,10 +72,11 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
     if kernel not in TWO_STAGES:
         raise ValueError(f"unknown kernel {kernel!r} (kernels: {', '.join(TWO_STAGES)})")
     for name, size in (("block_p", block_p), ("block_k", block_k)):
-        if size < 16 or size & (size - 1):
+        if not is_tile(size):
             raise ValueError(f"{name} ({size}) must be a power of two from 16 on")
     outer = _pinned.get(kernel)
     _pinned[kernel] = LaunchConfig(block_p, 0, block_k, num_warps, num_stages)
+    derive_again()
     try:
         yield
     finally:
@@ -51,16 +84,56 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
             del _pinned[kernel]
         else:
             _pinned[kernel] = outer
+        derive_again()
 
 
-def pinned() -> tuple[tuple[str, LaunchConfig], ...]:
-    """What is pinned now, as a key of what was derived from configurations."""
-    return tuple(_pinned.items())
+@contextmanager
+def use_tables(*tables: Table) -> Iterator[None]:
+    """Inside, these tables are looked up, the first one first, in place of those stored for the GPU.
+
+    Without any, the heuristic alone decides.
+    """
+    global _given
+    outer, _given = _given, tables
+    reload_tables()
+    try:
+        yield
+    finally:
+        _given = outer
+        reload_tables()
 
 
-def smallest_tile() -> int:
-    """The fewest pixels that any tile with statistics has."""
-    return min([64, *(config.block_p for config in _pinned.values())])
+def reload_tables() -> None:
+    """Read the stored tables again before the next launch; otherwise a process reads them once."""
+    _tables.clear()
+    derive_again()
+
+
+def pinned() -> int:
+    """A number that changes with what is pinned and with the tables: a key of what was derived from configurations."""
+    return _version
+
+
+@contextmanager
+def hear_keys() -> Iterator[list[Key]]:
+    """The keys that configurations are asked for inside; nothing derived from them earlier is used."""
+    global _heard
+    outer, _heard = _heard, []
+    derive_again()
+    try:
+        yield _heard
+    finally:
+        _heard = outer
+
+
+def smallest_tile(arch: str) -> int:
+    """The fewest pixels that any tile with sums has, whichever configuration is in use."""
+    return min([_stored(arch)[1], *(config.block_p for kernel, config in _pinned.items() if kernel in WITH_SUMS)])
+
+
+def is_tile(size: int) -> bool:
+    """Whether a matrix instruction can take a tile of this size: a power of two from 16 on."""
+    return size >= 16 and size & (size - 1) == 0
 
 
 def next_power_of_2(n: int) -> int:
@@ -96,32 +169,54 @@ def assume(arch: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """Of a device: sm_90, gfx942 and the like."""
+    """Of a device: sm_90, gfx942 and the like; of a GPU with its name behind a colon, by which tables are stored."""
     return _architecture(device) if device.type == "cuda" else _assumed
 
 
 @lru_cache(maxsize=16)
 def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+        return f"{properties.gcnArchName.split(':')[0]}:{properties.name}"
+    return f"sm_{properties.major}{properties.minor}:{properties.name}"
+
+
+def _stored(arch: str) -> tuple[Table, int]:
+    """The table of an architecture, read when it is first asked for, and the smallest of its tiles with sums."""
+    found = _tables.get(arch)
+    if found is None:
+        gpu = arch.partition(":")[2]
+        merged: dict[Key, LaunchConfig] = {}
+        if _given is not None:
+            for table in reversed(_given):
+                merged.update(table)
+        elif gpu:
+            from seqconv_triton.kernels.tuning_tables import configurations
+
+            merged.update(configurations(gpu, arch))
+        tiles = [config.block_p for key, config in merged.items() if key.kernel in WITH_SUMS]
+        found = _tables[arch] = (merged, min([64, *tiles]))  # the heuristic's have 64 at least
+    return found
 
 
 def config_for(
     kernel: str, reduction: int, block_n: int, element_size: int, arch: str = "sm_90", taps: int = 1
 ) -> LaunchConfig:
-    """A good configuration for (kernel, reduction length of one tap, output tile, bytes of an element, GPU, taps).
-
-    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
-    """
-    if kernel in _pinned:
-        return _pinned[kernel]._replace(block_n=block_n)
-    return _heuristic(kernel, reduction, block_n, element_size, arch, taps)
+    """The configuration for (kernel, reduction length of one tap, output tile, bytes of an element, GPU, taps)."""
+    key = Key(kernel, reduction, block_n, element_size, taps)
+    if _heard is not None:
+        _heard.append(key)
+    chosen = _pinned.get(kernel) or _stored(arch)[0].get(key) or heuristic(key, arch)
+    return chosen._replace(block_n=block_n)
 
 
 @lru_cache(maxsize=1024)
-def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arch: str, taps: int) -> LaunchConfig:
+def heuristic(key: Key, arch: str) -> LaunchConfig:
+    """A good configuration that was not measured.
+
+    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
+    """
+    kernel, reduction, block_n, element_size, taps = key
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
     block_k = max(16, min(64, next_power_of_2(reduction)))
     if kernel == "weight_gradient":

@@ -24,6 +24,7 @@ from seqconv_triton.kernels.launch import (
     channel_offset,
     covered,
     precision,
+    recorders,
     row_stride,
     run,
     wide,
@@ -125,6 +126,8 @@ def convolution(
     eps: float = 0.0,
 ) -> None:
     """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
+    if recorders:
+        recorders[-1](convolution, locals())
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
         wide(source.rows, shortcut, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
@@ -157,7 +160,7 @@ def _fixed(
     """Grid and compile-time constants: derived once, not for every launch."""
     block_n = channel_tile(shape.c_out, shape.group_out)
     reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("convolution", reach, block_n, element_size, arch)
+    config = config_for("convolution", reach, block_n, element_size, arch, shape.kernel**2)
     return (cdiv(shape.out_pixels, config.block_p), cdiv(shape.c_out, block_n)), dict(
         C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
         KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=identity,

@@ -19,7 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
-from seqconv_triton.kernels.launch import FAN, A, ConvShape, Scratch, cdiv, covered, precision, row_stride, run, wide
+from seqconv_triton.kernels.launch import (
+    FAN,
+    A,
+    ConvShape,
+    Scratch,
+    cdiv,
+    covered,
+    precision,
+    recorders,
+    row_stride,
+    run,
+    wide,
+)
 from seqconv_triton.kernels.statistics import finish_gradients
 
 
@@ -202,6 +214,8 @@ def data_gradient(
     With `norm` (vectors [11, channels]) it goes through that BN's ReLU, and the BN's gradients and coefficients are
     written; `batch` says that its statistics were the batch's. `fresh` is the first reader's dy, which is then written.
     """
+    if recorders:
+        recorders[-1](data_gradient, locals())
     new = fresh or Fresh(out, out, out)
     grid, constants = _fixed(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import smallest_tile
+from seqconv_triton.kernels.configs import architecture, smallest_tile
 
 
 @triton.jit
@@ -92,7 +92,7 @@ class Scratch(NamedTuple):
 
     @classmethod
     def allocate(cls, like: Tensor, pixels: int, channels: int) -> Scratch:
-        tiles = cdiv(pixels, smallest_tile())
+        tiles = cdiv(pixels, smallest_tile(architecture(like.device)))
         chunks = cdiv(tiles, FAN)
         sums = like.new_empty((2, tiles + chunks, channels), dtype=torch.float32)
         counters = like.new_zeros((chunks + 1) * max(1, cdiv(channels, 16)), dtype=torch.int32)
@@ -119,6 +119,20 @@ def listen(listener: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _listener = outer
+
+
+Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
+recorders: list[Recorder] = []
+
+
+@contextmanager
+def record(recorder: Recorder) -> Iterator[None]:
+    """Inside, `recorder(launcher, its arguments by name)` hears of the calls of every launcher that can be tuned."""
+    recorders.append(recorder)
+    try:
+        yield
+    finally:
+        recorders.pop()
 
 
 def precision(dtype: torch.dtype) -> str:

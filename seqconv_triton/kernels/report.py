@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="seqresnet_b42", help="a model's name (default: seqresnet_b42)")
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="GPU architecture (default: sm_90)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
+    parser.add_argument("--tuned", metavar="GPU", help='with the table that ships for a GPU, such as "NVIDIA H200"')
     parser.add_argument("--batch", type=int, default=32, help="images; only their divisibility by 16 matters")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
 
@@ -32,10 +33,14 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         print("TRITON_INTERPRET is set: nothing can be compiled while kernels are interpreted", file=sys.stderr)
         return 2
     from seqconv_triton.kernels.ahead import SHARED_LIMIT, compile_all, launches
+    from seqconv_triton.kernels.tuning_tables import shipped
 
+    tables = () if arguments.tuned is None else (shipped(arguments.tuned),)
+    if tables == ({},):
+        raise ValueError(f"no table ships for {arguments.tuned!r} (docs/tuning.md: how to contribute one)")
     model = create_model(arguments.model, device="meta")
     size = 32 if arguments.model in list_models("cifar_*") else arguments.image_size
-    found = launches(model, size, arguments.batch, DTYPES[arguments.dtype], arguments.arch)
+    found = launches(model, size, arguments.batch, DTYPES[arguments.dtype], arguments.arch, tables=tables)
     print(f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(found)} distinct kernels")
     print(f"{'kernel':<20}{'tile':>12}{'taps':>5}{'warps':>6}{'registers':>10}{'spills':>7}", end="")
     print(f"{'shared':>8}{'matrix':>8}{'load':>5}{'occupancy':>10}")
