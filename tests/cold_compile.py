@@ -1,4 +1,4 @@
-"""`python tests/cold_compile.py`: what torch.compile costs for SeqResNet-B42's training step from empty caches, as JSON."""
+"""`python tests/cold_compile.py`: what compiling SeqResNet-B42's training step costs from empty caches, as JSON."""
 
 from __future__ import annotations
 
