@@ -73,8 +73,8 @@ def _check_foldable(owner: str, part: nn.Module) -> None:
     for name in ("reduce_weight", "transform_weight", "tail_weight", "weight"):
         if isinstance(getattr(part, name, None), Tensor) and name not in part._parameters:
             raise ValueError(
-                f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent first, "
-                "with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+                f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent "
+                "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
             )
     if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) and part.running_mean is None:
         raise ValueError(f"{owner}: a BN without running statistics (track_running_stats=False) cannot be folded")

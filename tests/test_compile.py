@@ -167,7 +167,8 @@ def frames(
         compiling += counter.frame_count > before
         if training:
             got.sum().backward()
-        assert error(got, expected) < 1e-5
+        # Inductor's BN sums in another order, and training amplifies rounding.
+        assert error(got, expected) < (1e-4 if backend == "inductor" else 1e-5)
     return compiling
 
 
@@ -282,7 +283,7 @@ def test_graph_nodes_are_bounded() -> None:
     assert sum(isinstance(m, PackedSeqConv) for m in model.modules()) == 5
 
 
-@facility("Cost of compiling SeqResNet-B42: at most 160 graph nodes, 20 s on two cores from empty caches")
+@facility("Cost of compiling SeqResNet-B42 cold: at most 160 graph nodes, 40 s of processor time (two cores, 20 s)")
 @pytest.mark.slow
 def test_cold_compilation_is_cheap(record_property: Callable[[str, object], None]) -> None:
     """Processor time, as others may be using the cores: two cores have 40 s of it to give in 20 s."""
