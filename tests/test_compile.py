@@ -104,7 +104,8 @@ def test_modes(place: torch.device, mode: str) -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, mode=mode, fullgraph=True)
     for training in (False, True):
-        model.train(training), twin.train(training)
+        for module in (model, twin):
+            module.train(training)
         for _ in range(3):
             x = torch.randn(4, 3, 8, 8, device=place)
             torch.compiler.cudagraph_mark_step_begin()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import everything, randomise
+from helpers import error, everything, randomise
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -159,6 +159,41 @@ def test_opcheck_stage(place: torch.device, dtype: torch.dtype) -> None:
         (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, "", "triton"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
+
+
+def batched_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    parameters = {name: p.expand(2, *p.shape) for name, p in layer.named_parameters()}
+    return torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(parameters)
+
+
+CANNOT = {
+    "vmap-gradients": (batched_gradient, NotImplementedError, r'use_backend\("reference"\)'),
+    "script": (lambda layer, x: torch.jit.script(layer), ValueError, "annotation"),
+    "symbolic-trace": (lambda layer, x: torch.fx.symbolic_trace(layer), TypeError, "x must be a tensor, not Proxy"),
+    "one-value": (lambda layer, x: layer.train()(x[:1, :, :1, :1]), ValueError, "one value per channel"),
+    "raw-changed": (
+        lambda layer, x: layer.forward_raw(x)[0].mul_(2).sum().backward(),
+        RuntimeError,
+        "modified by an inplace operation",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_work_says_so(case: str) -> None:
+    """The rows of docs/facilities.md that no other test looks at."""
+    call, kind, message = CANNOT[case]
+    with pytest.raises(kind, match=message):
+        call(randomise(sct.SeqConv2d(3, 8, 4)).eval(), torch.randn(2, 3, 5, 5))
+
+
+def test_layers_under_vmap() -> None:
+    layer, x = randomise(sct.SeqConv2d(3, 8, 4)).eval().requires_grad_(False), torch.randn(2, 2, 3, 5, 5)
+    expected = torch.stack([layer(images) for images in x])
+    for backend in ("aten", "reference"):
+        with sct.use_backend(backend):
+            assert error(torch.func.vmap(layer)(x), expected) < 1e-6
 
 
 def test_the_table_of_facilities_is_that_of_the_tests() -> None:
