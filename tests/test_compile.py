@@ -50,7 +50,9 @@ def test_one_graph_equals_eager(place: torch.device, family: str, training: bool
     model = randomise(FAMILIES[family](), layer_b=0.1).train(training).to(place)
     x = torch.randn(2, 3, *(2 * [40 if family == "imagenet" else 8]), device=place)
     eager = step(model, x)
-    compiled = everything(model, x, lambda m, t: [torch.compile(m, fullgraph=True)(t)])
+    # What Inductor compiles lies around the stages: alike in all CIFAR networks.
+    backend = "inductor" if family in ("cifar-bottleneck", "imagenet") else "aot_eager"
+    compiled = everything(model, x, lambda m, t: [torch.compile(m, fullgraph=True, backend=backend)(t)])
     for name, value in eager.items():
         assert error(compiled[name], value) < 1e-4, name
     counters = [value for name, value in compiled.items() if name.endswith("num_batches_tracked")]
