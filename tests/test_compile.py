@@ -286,7 +286,7 @@ def test_graph_nodes_are_bounded() -> None:
     assert sum(isinstance(m, PackedSeqConv) for m in model.modules()) == 5
 
 
-@facility("Cost of compiling SeqResNet-B42 cold: at most 160 graph nodes, 40 s of processor time, as two cores have in 20 s")
+@facility("Compiling SeqResNet-B42 cold: at most 160 graph nodes, 40 s of processor time, as two cores have in 20 s")
 @pytest.mark.slow
 def test_cold_compilation_is_cheap(record_property: Callable[[str, object], None]) -> None:
     """Processor time, as others may be using the cores: two cores have 40 s of it to give in 20 s."""
