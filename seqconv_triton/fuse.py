@@ -6,10 +6,11 @@ Folded are the 1×1 convs' BNs, and those of the 3×3 convs without a shortcut b
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from seqconv_triton.backend.packing import transform_weights, window_weights
@@ -25,7 +26,8 @@ def fuse(model: Model) -> Model:
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
     changes nothing in a folded layer. Fold in float32 and convert afterwards: `fuse(model).bfloat16()`.
-    Raises TypeError for anything but a module, ValueError for a model that is folded already or holds nothing to fold.
+    Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
+    or computes its weights (parametrizations, pruning).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
@@ -34,6 +36,9 @@ def fuse(model: Model) -> Model:
         raise ValueError(f"model ({type(model).__name__}) has no seqconv_triton layers to fold")
     if any(isinstance(module.norm, Affine) for module in packed):
         raise ValueError(f"model ({type(model).__name__}) is folded already")
+    for name, module in model.named_modules():
+        for part in _parts(module):
+            _check_foldable(name or type(module).__name__, part)
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, PackedSeqConv):
@@ -55,6 +60,25 @@ def _affine(norm: nn.Module) -> Affine:
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     shift = norm.bias.double() - scale * norm.running_mean.double()
     return Affine(scale.to(norm.weight.dtype), shift.to(norm.bias.dtype))
+
+
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    """The modules that are folded for this one's sake."""
+    if isinstance(module, PackedSeqConv):
+        return module.modules()
+    return (*module.stem, module.norm) if isinstance(module, Backbone) else ()
+
+
+def _check_foldable(owner: str, part: nn.Module) -> None:
+    """What is multiplied into a computed weight would be lost, and a BN may have nothing to fold."""
+    for name in ("reduce_weight", "transform_weight", "tail_weight", "weight"):
+        if isinstance(getattr(part, name, None), Tensor) and name not in part._parameters:
+            raise ValueError(
+                f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent "
+                "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+            )
+    if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) and part.running_mean is None:
+        raise ValueError(f"{owner}: a BN without running statistics (track_running_stats=False) cannot be folded")
 
 
 def _fold_packed(module: PackedSeqConv) -> None:

@@ -60,7 +60,7 @@ class PackedSeqConv(nn.Module):
         if not eps > 0:
             raise ValueError(f"eps ({eps}) must be above 0")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.plan, self.dropout, self.eps, self.recompute = plan, dropout, eps, False
+        self.plan, self.dropout, self.recompute = plan, dropout, False
         appended = len(plan.groups) * plan.group_width
         self.reduce_weight = _parameter(plan.reduce_weight_shape, where)
         self.reduce_norm = nn.BatchNorm2d(appended, eps, momentum, **where) if plan.bottleneck else None
@@ -68,6 +68,16 @@ class PackedSeqConv(nn.Module):
         self.norm = nn.BatchNorm2d(plan.normalized_channels, eps, momentum, **where)
         self.tail_weight = _parameter(plan.tail_weight_shape, where)
         self.reset_parameters()
+
+    @property
+    def eps(self) -> float:
+        """That of the BNs, as they have it now. Raises ValueError where the two differ."""
+        norm, reduce_norm = self.norm, self.reduce_norm
+        if isinstance(norm, Affine):
+            return 0.0
+        if isinstance(reduce_norm, nn.BatchNorm2d | nn.SyncBatchNorm) and reduce_norm.eps != norm.eps:
+            raise ValueError(f"norm.eps ({norm.eps}) and reduce_norm.eps ({reduce_norm.eps}) must be equal")
+        return norm.eps
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -91,7 +101,7 @@ class PackedSeqConv(nn.Module):
         norm, reduce_norm = self.norm, self.reduce_norm
         if isinstance(norm, Affine) != isinstance(reduce_norm, Affine) and reduce_norm is not None:
             raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
-        if reduce_norm is not None and reduce_norm.training != norm.training:
+        if reduce_norm is not None and takes_batch_statistics(reduce_norm) != takes_batch_statistics(norm):
             raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
         assert self.transform_weight is not None
         parameters = StageParameters(
@@ -105,10 +115,9 @@ class PackedSeqConv(nn.Module):
         )
         if isinstance(norm, Affine):
             return parameters, FOLDED
-        if norm.training:
+        if takes_batch_statistics(norm):
             return parameters, None
         assert reduce_norm is None or not isinstance(reduce_norm, Affine)
-        assert norm.running_mean is not None and norm.running_var is not None
         if reduce_norm is None:
             return parameters, Statistics(norm.running_mean, norm.running_var, None, None)
         return parameters, Statistics(
@@ -231,18 +240,13 @@ class Stage(PackedSeqConv):
         if output.counts is not None:
             shared = batch_norm(raw, norm.weight[own], norm.bias[own], self.eps, self.ranks())
             return output.out, shared[0].relu_()
-        assert norm.running_mean is not None and norm.running_var is not None
-        features = nn.functional.batch_norm(
-            raw,
-            # Batch statistics are taken again here: their gradient then comes for free.
-            None if norm.training else norm.running_mean[own],
-            None if norm.training else norm.running_var[own],
-            norm.weight[own],
-            norm.bias[own],
-            norm.training,
-            0.0,
-            self.eps,
-        )
+        if takes_batch_statistics(norm):
+            mean = var = None  # taken again: their gradient then comes for free
+        else:
+            assert norm.running_mean is not None and norm.running_var is not None
+            mean, var = norm.running_mean[own], norm.running_var[own]
+        weight, bias = norm.weight[own], norm.bias[own]
+        features = nn.functional.batch_norm(raw, mean, var, weight, bias, mean is None, 0.0, self.eps)
         return output.out, features.relu_()
 
     @property
@@ -259,6 +263,11 @@ class Stage(PackedSeqConv):
 
 def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:
     return None if shape is None else nn.Parameter(torch.empty(shape, **where))
+
+
+def takes_batch_statistics(norm: nn.Module) -> bool:
+    """In training, and always where no running statistics are tracked; as BatchNorm does."""
+    return not isinstance(norm, Affine) and (norm.training or norm.running_mean is None)
 
 
 def fan_out_uniform_(weight: Tensor, fan_out: int) -> Tensor:

@@ -177,7 +177,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     parameters, running, (mask, *scalars) = rest[:PARAMETERS], rest[PARAMETERS : PARAMETERS + 4], rest[PARAMETERS + 4 :]
     plan, eps, batch_statistics, keep, _, group, backend = scalars
     _, buffer, z, *batch, counts = output
-    assert keep, "stage_forward keeps no buffer, so that it has no backward"
+    if not keep:  # inside vmap nothing says that it requires a gradient
+        raise NotImplementedError(
+            "gradients do not pass seqconv_triton's fused ops inside torch.func.vmap; compute under "
+            '`with seqconv_triton.use_backend("reference"):`'
+        )
     statistics = batch if batch_statistics else running
     ctx.save_for_backward(buffer, z, *parameters, *statistics, mask, counts)
     ctx.scalars = plan, eps, batch_statistics, shortcut is not None, group

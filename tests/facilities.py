@@ -1,10 +1,16 @@
-"""`python tests/facilities.py`: runs the tests that show a facility of PyTorch; prints their table, also into docs."""
+"""`python tests/facilities.py`: runs the tests that show a facility of PyTorch and prints their table.
+
+Without arguments the table also goes into docs/facilities.md; arguments go on to pytest (`-k export`, `-x`).
+"""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import os
+import platform
 import sys
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,18 +18,16 @@ import torch
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "facilities.md"
 START, END = "<!-- table: make facilities -->", "<!-- end of the table -->"
-PLACES = ("cpu", "interpreter", "gpu")
-# A cell's verdict is the worst of its tests'; a test that is skipped shows nothing.
-ORDER = ("failed", "passed", "skipped")
-SIGNS = {"failed": "✗", "passed": "✓", "skipped": "not run"}
+TITLES = {"cpu": "CPU", "interpreter": "interpreter", "gpu": "GPU"}
 
 
 class Collector:
     """Notes which facility every test shows, where it runs, and how it ended."""
 
     def __init__(self) -> None:
-        self.cells: dict[str, dict[str, dict[str, set[str]]]] = {}
+        self.cells: dict[str, dict[str, dict[str, Counter[str]]]] = {}
         self.tests: dict[str, tuple[str, str, str]] = {}
+        self.compile_cost: dict[str, float] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -35,63 +39,69 @@ class Collector:
             where = place[0] if place else parameters.get("place", "gpu" if item.get_closest_marker("gpu") else "cpu")
             test = f"{item.path.name}::{item.originalname}"  # type: ignore[attr-defined]
             self.tests[item.nodeid] = name, where, test
-            self.cells.setdefault(name, {}).setdefault(where, defaultdict(set))
+            self.cells.setdefault(name, {}).setdefault(where, defaultdict(Counter))
         items[:] = [item for item in items if item.nodeid in self.tests]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name, where, test = self.tests[report.nodeid]
         if report.when == "call" or report.outcome != "passed":
-            self.cells[name][where][test].add(report.outcome)
+            self.cells[name][where][test][report.outcome] += 1
+        self.compile_cost |= dict(report.user_properties).get("cost", {}) if report.when == "call" else {}
 
     def table(self) -> str:
-        lines = ["| facility | CPU | interpreter | GPU |", "| --- | --- | --- | --- |"]
+        lines = ["| facility | " + " | ".join(TITLES.values()) + " |", "| --- | --- | --- | --- |"]
         for name in self.cells:
-            lines.append(f"| {name} | " + " | ".join(self.cell(name, place) for place in PLACES) + " |")
+            lines.append(f"| {name} | " + " | ".join(self.cell(name, place) for place in TITLES) + " |")
         return "\n".join(lines)
 
     def cell(self, name: str, place: str) -> str:
-        shown = []
-        for test, outcomes in self.cells[name].get(place, {}).items():
-            shown.append(f"{SIGNS[next(o for o in ORDER if o in outcomes)]} `{test.removeprefix('test_')}`")
-        return "<br>".join(shown) or "–"
+        return "<br>".join(verdict(test, n) for test, n in self.cells[name].get(place, {}).items()) or "–"
+
+    def provenance(self) -> str:
+        versions = [f"{name} {version(name)}" for name in ("torch", "triton", "onnxruntime")]
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        machine = f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, {gpu}"
+        lines = [f"Run on {datetime.date.today().isoformat()} with {', '.join(versions)}, {machine}."]
+        if self.compile_cost:
+            lines.append(
+                "Compiling SeqResNet-B42's training step, forward, backward and the first step, from empty caches: "
+                f"{self.compile_cost['nodes']} graph nodes, {self.compile_cost['processor']:.0f} s of processor time, "
+                f"{self.compile_cost['wall']:.0f} s by the clock beside whatever else the machine was doing."
+            )
+        return "\n".join(lines)
 
 
-def compile_cost() -> str:
-    """Graph nodes and seconds to compile SeqResNet-B42 for a training step, from empty caches."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.utils import fresh_inductor_cache
+def verdict(test: str, outcomes: Counter[str]) -> str:
+    """A test's outcome over all its cases: failed if one did, not run if none was, and how many were not."""
+    if outcomes["failed"]:
+        return f"✗ `{test}`"
+    if not outcomes["passed"]:
+        return f"not run: `{test}`"
+    missing = f" ({outcomes['skipped']} of {outcomes.total()} cases not run)" if outcomes["skipped"] else ""
+    return f"✓ `{test}`{missing}"
 
-    import seqconv_triton as sct
 
-    nodes = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
-        return compile_fx(graph, inputs)
-
-    model, x = sct.SeqResNetB42(), torch.randn(2, 3, 64, 64)
-    model(x).sum().backward()
-    with fresh_inductor_cache():
-        torch._dynamo.reset()
-        start = time.perf_counter()
-        torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
-        seconds = time.perf_counter() - start
-    return (
-        f"Compiling SeqResNet-B42's training step, forward and backward, from empty caches with "
-        f"{torch.get_num_threads()} threads, first step included: {seconds:.0f} s, {nodes[-1]} graph nodes."
-    )
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> int:
     collector = Collector()
     status = pytest.main([str(Path(__file__).parent), *sys.argv[1:]], plugins=[collector])
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    table = f"{collector.table()}\n\nRun with torch {torch.__version__} on {gpu}. {compile_cost()}\n"
+    table = f"{collector.table()}\n\n{collector.provenance()}"
     print(table)
+    if len(sys.argv) > 1:
+        print(f"{DOCUMENT.name} is as it was: not all tests were asked for.")
+        return int(status)
     text = DOCUMENT.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{START}\n\n{table}\n{END}{after}", encoding="utf-8")
+    temporary = DOCUMENT.with_suffix(".part")
+    temporary.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    temporary.replace(DOCUMENT)
     return int(status)
 
 

@@ -48,6 +48,19 @@ def randomise(module: nn.Module, seed: int = 0, layer_b: float = 1.0) -> nn.Modu
     return module
 
 
+class SmallImageNet(sct.models.imagenet.ImageNetNetwork):
+    """Stem, four stages and head as in the paper's networks, subgroups and all, with few channels."""
+
+    rows = tuple(
+        sct.models.imagenet.StageRow(channels, k, s, blocks)
+        for channels, k, s, blocks in ((8, 4, 2, 1), (16, 8, 2, 2), (32, 8, 1, 1), (64, 16, 1, 1))
+    )
+
+
+def small_imagenet(**options: bool) -> SmallImageNet:
+    return SmallImageNet(7, **options)
+
+
 def error(got: Tensor, expected: Tensor) -> float:
     """Relative RMS error; exact zeros must be met exactly."""
     got, expected = got.detach().double(), expected.detach().double()

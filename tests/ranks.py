@@ -1,12 +1,15 @@
-"""What the tests of data parallelism run in every rank: `torchrun tests/ranks.py <what> <folder>`; results as JSON."""
+"""What the tests of data parallelism run in every rank: `torchrun tests/ranks.py what folder device`; writes JSON."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,16 +18,25 @@ import torch.distributed as dist
 from helpers import error, randomise
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import seqconv_triton as sct
+from seqconv_triton.plan import Plan, Tail
 from seqconv_triton.training import checkpoint
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(sys.argv[3])
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     return randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0), layer_b=0.3).to(DEVICE, dtype)
+
+
+def small(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A stage in between a conv and a classifier: what an interpreter of kernels gets through in time."""
+    stage = sct.Stage(Plan.stage(8, 8, 1, tail=Tail(8, 3, 2, 1)))
+    layers = nn.Conv2d(3, 8, 3, 2, bias=False), stage, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 10)
+    return randomise(nn.Sequential(*layers)).to(DEVICE, dtype)
 
 
 def batch(images: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -45,20 +57,28 @@ def step(model: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
 
 
 def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(error(got[name], value) for name, value in expected.items() if value.is_floating_point())
+    errors = [error(got[name], value) for name, value in expected.items() if value.is_floating_point()]
+    return max(e if math.isfinite(e) else math.inf for e in errors)  # max() alone would pass over a NaN
 
 
-def synchronised(backend: str, images: int, split: int, dtype: torch.dtype) -> float:
+def own_half(images: int) -> slice:
+    half = images // 2
+    return slice(half * dist.get_rank(), half * (dist.get_rank() + 1))
+
+
+def synchronised(
+    backend: str, images: int, split: int, dtype: torch.dtype, make: Callable[[torch.dtype], nn.Module], **options: bool
+) -> float:
     """Two ranks with [:split] and [split:] of a batch against one process with all of it: the worst error."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     x, upstream = batch(images, dtype)
     with sct.use_backend("reference"):
-        expected = step(network(), *batch(images))
+        expected = step(make(torch.float64), *batch(images))
     own = slice(0, split) if rank == 0 else slice(split, None)
     with sct.use_backend(backend):
-        model = sct.convert_sync_batchnorm(network(dtype))
+        model = sct.convert_sync_batchnorm(make(dtype))
         # DistributedDataParallel averages gradients, and the loss is a sum.
-        got = step(DistributedDataParallel(model), x[own], ranks * upstream[own])
+        got = step(DistributedDataParallel(model, **options), x[own], ranks * upstream[own])
     got["gradient of x"] = got["gradient of x"] / ranks
     expected["gradient of x"] = expected["gradient of x"][own]
     return worst(got, expected)
@@ -72,7 +92,7 @@ def plain(backend: str) -> float:
     with sct.use_backend(backend):
         for own in (slice(0, 4), slice(4, None)):
             halves.append(step(network(), x[own], upstream[own]))
-        own = slice(4 * rank, 4 * rank + 4)
+        own = own_half(8)
         got = step(DistributedDataParallel(network(), broadcast_buffers=False), x[own], upstream[own])
     expected = {
         name: (halves[0][name] + halves[1][name]) / 2 if name.startswith("gradient") else halves[rank][name]
@@ -85,7 +105,7 @@ def plain(backend: str) -> float:
 def accumulated() -> float:
     """Two micro-batches under no_sync and then one with it: the gradients add up."""
     x, upstream = batch(8)
-    own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    own = own_half(8)
     model = DistributedDataParallel(network().eval())
     with model.no_sync():
         (model(x[own][:2]) * upstream[own][:2]).sum().backward()
@@ -96,28 +116,63 @@ def accumulated() -> float:
     return worst({name: p.grad for name, p in model.module.named_parameters()}, expected)
 
 
-def sharded() -> float:
+def sharded(training: bool) -> float:
     """FSDP2: one step of SGD on sharded parameters equals the step of a whole model."""
     x, upstream = batch(8)
-    own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-    model, whole = network().eval(), network().eval()
+    model, whole = sct.convert_sync_batchnorm(network()).train(training), network().train(training)
     mesh = torch.distributed.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for stage in model.stages:
         fully_shard(stage, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    own = own_half(8)
     for module, inputs, gradient in ((model, x[own], 2 * upstream[own]), (whole, x, upstream)):
         optimizer = torch.optim.SGD(module.parameters(), 0.1)
         (module(inputs) * gradient).sum().backward()
         optimizer.step()
     got = {name: p.full_tensor() for name, p in model.named_parameters()}
-    return worst(got, dict(whole.named_parameters()))
+    return worst(got | dict(model.named_buffers()), dict(whole.named_parameters()) | dict(whole.named_buffers()))
+
+
+def sharded_optimizer() -> float:
+    """ZeroRedundancyOptimizer under DDP: three steps of momentum equal those of a whole optimizer."""
+    x, upstream = batch(8)
+    models = [DistributedDataParallel(network().eval()) for _ in range(2)]
+    options = {"lr": 0.01, "momentum": 0.9}
+    optimizers = [
+        ZeroRedundancyOptimizer(models[0].parameters(), torch.optim.SGD, **options),
+        torch.optim.SGD(models[1].parameters(), **options),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x[own_half(8)]) * upstream[own_half(8)]).sum().backward()
+            optimizer.step()
+    return worst(*(dict(model.module.named_parameters()) for model in models))
+
+
+def unused() -> float:
+    """find_unused_parameters: a stage that the loss does not reach gets no gradient, the others the usual one."""
+
+    def step_of_two_stages(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        (model(x[own_half(8)]) * 1.0).sum().backward()
+        plain = model.module if isinstance(model, DistributedDataParallel) else model
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
+
+    x, _ = batch(8)
+    model = network().eval()
+    model.forward = lambda x: model.stages[0](model.forward_stem(x))  # type: ignore[method-assign]
+    expected = {name: value.clone() for name, value in step_of_two_stages(model).items()}
+    for value in expected.values():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return worst(step_of_two_stages(DistributedDataParallel(model, find_unused_parameters=True)), expected)
 
 
 def compiled() -> float:
     """torch.compile around a synchronised model in DDP: the same gradients."""
-    rank = dist.get_rank()
     x, upstream = batch(4)
-    own = slice(2 * rank, 2 * rank + 2)
+    own = own_half(4)
     eager, other = (DistributedDataParallel(sct.convert_sync_batchnorm(network())) for _ in range(2))
     expected = step(eager, x[own], upstream[own])
     x = x[own].clone().requires_grad_()
@@ -128,18 +183,32 @@ def compiled() -> float:
 
 def parallel(folder: Path) -> None:
     results = {}
-    for backend, dtype in (("reference", torch.float64), ("aten", torch.float64), ("triton", torch.float32)):
-        if backend == "triton" and os.environ.get("WITHOUT_TRITON"):
+    for backend, dtype, make in (
+        ("reference", torch.float64, network),
+        ("aten", torch.float64, network),
+        ("triton", torch.float32, small),
+    ):
+        if backend == "triton" and not runs_triton():
             continue
-        results[f"sync {backend} halves"] = synchronised(backend, 4, 2, dtype)
-        results[f"sync {backend} uneven"] = synchronised(backend, 4, 1, dtype)
+        results[f"sync {backend} halves"] = synchronised(backend, 4, 2, dtype, make)
+        results[f"sync {backend} uneven"] = synchronised(backend, 4, 1, dtype, make)
+    results["static graph"] = synchronised("aten", 4, 2, torch.float64, network, static_graph=True)
     results["plain"] = plain("aten")
     results["no_sync"] = accumulated()
-    results["fsdp"] = sharded()
+    results["unused"] = unused()
+    results["zero"] = sharded_optimizer()
+    results["fsdp train"], results["fsdp eval"] = sharded(True), sharded(False)
     results["compiled"] = compiled()
     copies = copy.deepcopy(sct.convert_sync_batchnorm(network()))
     results["keys"] = float(set(copies.state_dict()) != set(network().state_dict()))
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+
+
+def runs_triton() -> bool:
+    """On a GPU, or where a test has asked for the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def elastic(folder: Path) -> None:
@@ -174,12 +243,13 @@ def elastic(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if DEVICE.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.backends.cudnn.allow_tf32 = False
     work, folder = {"parallel": parallel, "elastic": elastic}[sys.argv[1]], Path(sys.argv[2])
     # A meeting place for every attempt: in the agent's own store, gloo finds the addresses of ranks that are gone.
     meeting = folder.resolve() / f"ranks-meet-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     dist.init_process_group(
-        "nccl" if torch.cuda.device_count() > 1 else "gloo", init_method=f"file://{meeting}",
+        "nccl" if DEVICE.type == "cuda" else "gloo", init_method=f"file://{meeting}",
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=5),
     )  # fmt: skip
     work(folder)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import error, randomise
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import seqconv_triton as sct
 
@@ -91,3 +95,35 @@ def test_what_cannot_be_folded() -> None:
         sct.fuse(fused)
     with pytest.raises(ValueError, match="folded"):
         sct.export_published(fused)
+    model = sct.CifarSeqResNet(4, 1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    with pytest.raises(ValueError, match="without running statistics"):
+        sct.fuse(model)
+
+
+def test_computed_weights_are_refused() -> None:
+    """What is folded into a weight that is computed anew would be lost."""
+    for change in (
+        lambda stage: parametrizations.weight_norm(stage, "transform_weight"),
+        lambda stage: prune.l1_unstructured(stage, "transform_weight", 0.5),
+    ):
+        model = randomise(sct.CifarSeqResNet(4, 1)).eval()
+        change(model.stages[0])
+        with pytest.raises(ValueError, match=r"stages\.0: transform_weight is computed"):
+            sct.fuse(model)
+    prune.remove(model.stages[0], "transform_weight")
+    x = torch.randn(2, 3, 8, 8)
+    assert error(sct.fuse(model)(x), model(x)) < 1e-5
+    users_own = parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    assert sct.fuse(nn.Sequential(users_own, sct.SeqConv2d(3, 4, 4)))[1].training is False
+
+
+def test_files_of_a_fused_model(tmp_path: Path) -> None:
+    fused, x = sct.fuse(randomise(sct.CifarSeqResNet(4, 1))), torch.randn(2, 3, 8, 8)
+    torch.save(fused.state_dict(), tmp_path / "state.pt")
+    torch.save(fused, tmp_path / "model.pt")
+    loaded = sct.fuse(sct.CifarSeqResNet(4, 1))
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for twin in (loaded, torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(fused)):
+        assert torch.equal(twin(x), fused(x))

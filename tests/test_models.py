@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import oracle
 import pytest
 import torch
-from helpers import assert_backends_agree, error, everything, randomise
+from helpers import assert_backends_agree, error, everything, randomise, small_imagenet
 from torch import Tensor, nn
 
 import seqconv_triton as sct
@@ -35,19 +35,9 @@ ORACLES = {
 
 
 # Small relatives of every family: the full-size networks' figures are checked in test_summary.py.
-def small_imagenet(repeat_extension: bool = False) -> sct.models.imagenet.ImageNetNetwork:
-    class Small(sct.models.imagenet.ImageNetNetwork):
-        rows = tuple(
-            sct.models.imagenet.StageRow(channels, k, s, blocks)
-            for channels, k, s, blocks in ((8, 4, 2, 1), (16, 8, 2, 2), (32, 8, 1, 1), (64, 16, 1, 1))
-        )
-
-    return Small(7, dtype=torch.float64, repeat_extension=repeat_extension)
-
-
 SMALL = {
-    "imagenet": small_imagenet,
-    "imagenet-quirk": lambda: small_imagenet(repeat_extension=True),
+    "imagenet": lambda: small_imagenet().double(),
+    "imagenet-quirk": lambda: small_imagenet(repeat_extension=True).double(),
     "cifar": lambda: sct.CifarSeqResNet(4, 1, dropout=0.0, dtype=torch.float64),
     "cifar-bottleneck": lambda: sct.CifarSeqResNet(8, 1, (1, 2, 1), bottleneck=True, dropout=0.2, dtype=torch.float64),
     "cifar-dense": lambda: sct.CifarSeqResNet(8, 1, (1, 2, 1), windowed=False, dropout=0.2, dtype=torch.float64),

@@ -83,13 +83,16 @@ def test_whole_model_in_bfloat16(place: torch.device, training: bool) -> None:
     model = randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0), layer_b=0.1).to(place).train(training)
     x = torch.randn(8, 3, 8, 8, device=place).bfloat16()
     half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).double()
     out = half(x)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in half.parameters())
-    exact = copy.deepcopy(half).double()
+    rounding = torch.finfo(torch.bfloat16).eps
     with sct.use_backend("reference"):
-        assert error(out, exact(x.double())) < 0.1
+        assert error(out, exact(x.double())) < 4 * rounding
+    for name, value in exact.named_buffers():
+        assert error(dict(half.named_buffers())[name], value) < rounding, name
 
 
 @facility("200 steps on the demo's digits in bfloat16 autocast end within noise of float32")

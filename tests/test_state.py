@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import error, everything, randomise
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,26 +31,32 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [module(x)]
 
 
-KEYS = """
-stem.0.weight
-stages.0.{reduce_weight,transform_weight,tail_weight}
-stages.0.reduce_norm.{weight,bias,running_mean,running_var,num_batches_tracked}
-stages.0.norm.{weight,bias,running_mean,running_var,num_batches_tracked}
-norm.{weight,bias,running_mean,running_var,num_batches_tracked}
-classifier.{weight,bias}
-"""
+NORM = "weight bias running_mean running_var num_batches_tracked"
+STAGE = [f"norm.{n}" for n in NORM.split()] + ["transform_weight", "tail_weight"]
+BOTTLENECK = [*STAGE, "reduce_weight", *(f"reduce_norm.{n}" for n in NORM.split())]
+HEAD = [*(f"norm.{n}" for n in NORM.split()), "classifier.weight", "classifier.bias", "stem.0.weight"]
+KEYS = {
+    "cifar": (lambda: sct.CifarSeqResNet(8, 1, device="meta"), {"stages.{}": STAGE}, 3),
+    "cifar-bottleneck": (
+        lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, device="meta"),
+        {"stages.{}": BOTTLENECK},
+        3,
+    ),
+    "imagenet": (
+        lambda: sct.SeqResNetB22(device="meta"),
+        {"stages.{}": BOTTLENECK, "stem.1": NORM.split(), "stem.3": ["weight"], "stem.4": BOTTLENECK},
+        4,
+    ),
+}
 
 
 @facility("state_dict: documented keys, strict loading, deepcopy, pickle")
-def test_keys_are_stable() -> None:
+@pytest.mark.parametrize("case", KEYS)
+def test_keys_are_stable(case: str) -> None:
     """docs/facilities.md promises these names; a checkpoint of today must load tomorrow."""
-    expected = set()
-    for line in KEYS.split():
-        head, _, names = line.partition("{")
-        for name in names.rstrip("}").split(","):
-            for stage in range(3):
-                expected.add((head + name).replace("stages.0", f"stages.{stage}"))
-    assert set(small().state_dict()) == expected
+    make, parts, stages = KEYS[case]
+    expected = {f"{part.format(i)}.{name}" for part, names in parts.items() for name in names for i in range(stages)}
+    assert set(make().state_dict()) == expected | set(HEAD)
 
 
 @facility("state_dict: documented keys, strict loading, deepcopy, pickle")
@@ -65,6 +72,35 @@ def test_state_goes_round() -> None:
     del state["stages.1.reduce_weight"]
     with pytest.raises(RuntimeError, match=r"stages\.1\.reduce_weight"):
         fresh.load_state_dict(state)
+
+
+@facility("Hooks on stages and parameters; parametrizations and pruning of weights")
+def test_hooks_on_stages() -> None:
+    model, seen = small(), []
+    for i, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda module, given, out, i=i: seen.append(("forward", i)))
+        stage.register_full_backward_hook(lambda module, given, out, i=i: seen.append(("backward", i, given[0].shape)))
+    model.stages[0].reduce_weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert seen[:3] == [("forward", i) for i in range(3)]
+    assert [entry[1] for entry in seen if entry[0] == "backward"] == [2, 1, 0]
+    assert model.stages[0].reduce_weight.shape in seen
+
+
+@facility("Hooks on stages and parameters; parametrizations and pruning of weights")
+def test_parametrized_weights() -> None:
+    model, x = small().eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    parametrizations.weight_norm(model.stages[0], "transform_weight")
+    parametrizations.weight_norm(model.stages[1], "reduce_weight", dim=None)
+    out = model(x)
+    assert error(out, expected) < 1e-5
+    out.sum().backward()
+    assert all(p.grad.norm() > 0 for p in model.stages[0].parametrizations.parameters())
+    prune.l1_unstructured(model.stages[2], "reduce_weight", 0.5)
+    pruned = model(x)
+    prune.remove(model.stages[2], "reduce_weight")
+    assert torch.equal(model(x), pruned) and error(pruned, expected) > 1e-3
 
 
 @facility("EMA of parameters and statistics (torch.optim.swa_utils)")
@@ -124,18 +160,19 @@ class BackwardNeeds(TorchDispatchMode):
 
 
 @facility("Freezing a stage: its weight gradients are not computed")
-def test_frozen_stage() -> None:
+@pytest.mark.parametrize("number", range(3))
+def test_frozen_stage(number: int) -> None:
     model = small()
     x = torch.randn(2, 3, 8, 8)
     free = everything(model, x, run)
-    model.stages[1].requires_grad_(False)
+    model.stages[number].requires_grad_(False)
     frozen = everything(model, x, run)
     for name, value in frozen.items():
         assert torch.equal(value, free[name]), name
     with BackwardNeeds() as seen:
         model(x).sum().backward()
-    weights = [(needs[2], needs[5], needs[8]) for needs in seen.needs]  # the last stage comes first
-    assert weights == [(True,) * 3, (False,) * 3, (True,) * 3]
+    weights = [(needs[2], needs[5], needs[8]) for needs in reversed(seen.needs)]  # the last stage comes first
+    assert weights == [(i != number,) * 3 for i in range(3)]
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     with BackwardNeeds() as seen:

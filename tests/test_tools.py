@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import everything, randomise
+import torch.distributed as dist
+from helpers import error, everything, randomise
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,6 +116,33 @@ def test_opcheck_stem(dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+@pytest.fixture
+def group() -> Iterator[str]:
+    """The name of a process group of this process alone."""
+    if not dist.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+@facility("opcheck with all its tests, every op, every dtype")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_over_ranks(group: str, dtype: torch.dtype) -> None:
+    own = torch.randn(3, 2).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.seqconv_triton.sum_over_ranks.default, (own, group))
+    stage = randomise(sct.Stage(Plan.stage(4, 4, 1, tail=Tail(4, 1))))
+    stage = stage.double() if dtype == torch.float64 else stage
+    parameters, _ = stage.parameters_and_statistics()
+    cast = [p if "norm" in n else p.detach().to(dtype).requires_grad_() for n, p in parameters._asdict().items()]
+    x = torch.randn(2, 4, 2, 3).to(dtype).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.seqconv_triton.stage_forward.default,
+        (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, group, "aten"),
+        atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
+    )  # fmt: skip
+
+
 @facility("opcheck with all its tests, every op, every dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("place", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
@@ -128,3 +159,54 @@ def test_opcheck_stage(place: torch.device, dtype: torch.dtype) -> None:
         (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, "", "triton"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
+
+
+def batched_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    parameters = {name: p.expand(2, *p.shape) for name, p in layer.named_parameters()}
+    return torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(parameters)
+
+
+CANNOT = {
+    "vmap-gradients": (batched_gradient, NotImplementedError, r'use_backend\("reference"\)'),
+    "script": (lambda layer, x: torch.jit.script(layer), ValueError, "annotation"),
+    "symbolic-trace": (lambda layer, x: torch.fx.symbolic_trace(layer), TypeError, "x must be a tensor, not Proxy"),
+    "one-value": (lambda layer, x: layer.train()(x[:1, :, :1, :1]), ValueError, "one value per channel"),
+    "raw-changed": (
+        lambda layer, x: layer.forward_raw(x)[0].mul_(2).sum().backward(),
+        RuntimeError,
+        "modified by an inplace operation",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_work_says_so(case: str) -> None:
+    """The rows of docs/facilities.md that no other test looks at."""
+    call, kind, message = CANNOT[case]
+    with pytest.raises(kind, match=message):
+        call(randomise(sct.SeqConv2d(3, 8, 4)).eval(), torch.randn(2, 3, 5, 5))
+
+
+def test_layers_under_vmap() -> None:
+    layer, x = randomise(sct.SeqConv2d(3, 8, 4)).eval().requires_grad_(False), torch.randn(2, 2, 3, 5, 5)
+    expected = torch.stack([layer(images) for images in x])
+    for backend in ("aten", "reference"):
+        with sct.use_backend(backend):
+            assert error(torch.func.vmap(layer)(x), expected) < 1e-6
+
+
+def test_the_table_of_facilities_is_that_of_the_tests() -> None:
+    """`make facilities` writes the table; here every facility has a row, every test named exists, and none failed."""
+    folder = Path(__file__).parent
+    text = (folder.parent / "docs" / "facilities.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("<!-- table: make facilities -->")
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("test_*.py")}
+    markers = {name for source in sources.values() for name in re.findall(r'facility\(\s*"(\w[^"\n]+)"', source)}
+    assert markers <= set(rows)
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", table)
+    assert len(named) > len(markers)
+    for file, test in named:
+        assert f"def {test}(" in sources[file], test
+    assert "✗" not in table

@@ -115,7 +115,8 @@ def backend_for(x: Tensor) -> str:
     """
     if _chosen is not None:
         return _chosen
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "traced"
     return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "aten"
 

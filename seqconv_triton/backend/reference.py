@@ -54,6 +54,9 @@ class Norm:
             return F.relu(raw * scale[:, None, None] + shift[:, None, None])
         if self.group:
             out, mean, var, self.count = across_ranks.batch_norm(raw, weight, bias, self.eps, self.group)
+        elif raw.shape[0] == 0:  # no statistics, and gradients of zero
+            out = (raw * weight[:, None, None] + bias[:, None, None]).to(raw.dtype)
+            mean, var = torch.zeros_like(bias), torch.ones_like(bias)
         else:
             out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
             var = (inverse.detach().pow(-2) - self.eps).clamp_min(0)

@@ -1,0 +1,82 @@
+"""The modules in unusual hands: meta device, BN settings changed, no images, PyTorch's checkpoints around a stage."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import error, randomise
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import seqconv_triton as sct
+from seqconv_triton.plan import Plan, Tail
+
+
+def small() -> nn.Module:
+    return randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0), layer_b=0.3)
+
+
+def test_built_on_the_meta_device() -> None:
+    model, x = small().eval(), torch.randn(2, 3, 8, 8)
+    for assign in (True, False):
+        empty = sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0, device="meta").eval()
+        assert empty(x.to("meta")).shape == (2, 10)
+        empty = empty if assign else empty.to_empty(device="cpu")
+        empty.load_state_dict(model.state_dict(), assign=assign)
+        assert torch.equal(empty(x), model(x))
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_bn_settings_of_the_user(backend: str) -> None:
+    """eps and momentum as the BNs have them now; without running statistics the batch's serve in evaluation too."""
+    layer, plain = sct.SeqConv2d(3, 4, 4, bottleneck=True), nn.BatchNorm2d(4, eps=0.5, momentum=None)
+    for norm in (layer.norm, layer.reduce_norm):
+        norm.eps, norm.momentum = 0.5, None
+    with sct.use_backend(backend):
+        for _ in range(3):
+            raw, out = layer.forward_raw(torch.randn(4, 3, 5, 5))
+            assert error(out, plain(raw).relu()) < 1e-5
+        for name, value in plain.state_dict().items():
+            assert error(getattr(layer.norm, name), value) < 1e-5, name
+        model, x = small(), torch.randn(2, 3, 8, 8)
+        expected = model(x)
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        for training in (True, False):
+            assert error(model.train(training)(x), expected) < 1e-6
+            assert error(model.forward_head(model.forward_intermediates(x)[0]), expected) < 1e-6
+    layer.reduce_norm.eps = 0.1
+    with pytest.raises(ValueError, match=r"norm\.eps \(0\.5\) and reduce_norm\.eps \(0\.1\)"):
+        layer(x)
+    layer.norm.eval()
+    with pytest.raises(ValueError, match="both be in training or both in evaluation"):
+        layer(x)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_no_images(backend: str, training: bool) -> None:
+    """N = 0: an empty output, gradients of zero, statistics as they were."""
+    model = small().train(training)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with sct.use_backend(backend):
+        out = model(torch.randn(0, 3, 8, 8))
+    out.sum().backward()
+    assert out.shape == (0, 10)
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if "tracked" not in name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torch_checkpoint_around_a_stage(reentrant: bool) -> None:
+    """The same gradients; running statistics move once, and twice with reentrant checkpoints, as those of any BN."""
+    stage = randomise(sct.Stage(Plan.stage(8, 8, 1, extension=8, tail=Tail(16, 3, 2, 2))))
+    x = torch.randn(2, 8, 4, 5, requires_grad=True)
+    plain = copy.deepcopy(stage)
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    checkpoint(stage, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert stage.norm.num_batches_tracked == 1 + reentrant
+    assert reentrant or torch.equal(stage.norm.running_var, plain.norm.running_var)
