@@ -51,7 +51,7 @@ def fold(
         reduce = window_rows(parameters.reduce_weight, plan)
         if not done:
             reduce = tuple(weight * own[:, None] for weight, own in zip(reduce, reduce_scale, strict=True))
-        reduce, reduce_shift = turned(reduce, plan), tuple(shifts)
+        reduce_shift = tuple(shifts)
     transform = list(transform_weights(parameters.transform_weight, plan))
     transform_shift: list[Tensor | None] = [None] * len(transform)
     # `fuse` leaves room for the shortcut that a single layer may be given.
@@ -60,8 +60,7 @@ def fold(
         if not done:
             transform[j] = transform[j] * scale[own, None, None, None]
         transform_shift[j] = shift[own]
-    over_groups = tuple(transform) if plan.bottleneck else turned(tuple(transform), plan)
-    return Folded(scale, shift, reduce, reduce_shift, over_groups, tuple(transform_shift))
+    return Folded(scale, shift, reduce, reduce_shift, tuple(transform), tuple(transform_shift))
 
 
 def images_per_chunk(x: Tensor, plan: Plan) -> int:
@@ -83,6 +82,11 @@ def evaluate(
 ) -> None:
     """Fill `out` with running statistics; nothing links the images, so they go through a few at a time."""
     folded = fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
+    # Exported graphs take the weights as they are; here they are turned as the window lies in memory.
+    if plan.bottleneck:
+        folded = folded._replace(reduce=turned(folded.reduce, plan))
+    else:
+        folded = folded._replace(transform=turned(folded.transform, plan))
     chunk = images_per_chunk(x, plan)
     for start in range(0, x.shape[0], chunk):
         own = slice(start, start + chunk)
