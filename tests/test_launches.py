@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -122,3 +124,34 @@ def test_kept_for_backward_in_bfloat16() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x)
     assert 30 * 2**20 < sum(kept.values()) < 34 * 2**20
+
+
+# What a user writes, and what a float32 product may then be.
+TF32_SWITCHES = {
+    "pass": "ieee",  # torch's default: convolutions may, matrix products may not
+    "b.cuda.matmul.allow_tf32 = True": "tf32",
+    "b.cuda.matmul.allow_tf32 = True; b.cudnn.allow_tf32 = False": "ieee",
+    "b.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "b.cuda.matmul.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'": "ieee",
+    "b.fp32_precision = 'tf32'": "tf32",
+    "b.fp32_precision = 'tf32'; b.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+}
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    """By either of torch's interfaces. No switch goes back to what it was: each case is a forked process."""
+    program = f"""
+import os, torch
+from seqconv_triton.kernels.launch import precision
+b = torch.backends
+for case in {list(TF32_SWITCHES)}:
+    if os.fork() == 0:
+        exec(case)
+        print(precision(torch.float32), precision(torch.bfloat16), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, case
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{expected} ieee" for expected in TF32_SWITCHES.values()]

@@ -122,9 +122,14 @@ def listen(listener: Callable[..., None]) -> Iterator[None]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch's own switches allow it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """TF32 only where torch allows it for matrix products and for convolutions.
+
+    `fp32_precision` follows `allow_tf32` too; reading `allow_tf32` raises once somebody has set `fp32_precision`.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switches == ("tf32", "tf32") else "ieee"
 
 
 def wide(*tensors: Tensor | None) -> bool:
