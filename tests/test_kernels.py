@@ -31,6 +31,7 @@ from seqconv_triton.kernels.launch import (
     C,
     ConvShape,
     Features,
+    Readers,
     Scratch,
     covered,
 )
@@ -134,7 +135,7 @@ def test_data_gradient_of_one_reader(case: str, through: bool) -> None:
     raw = torch.randn(shape.in_pixels, shape.read)
     norm = random_norm(shape.read)
     scratch = Scratch.allocate(raw, shape.in_pixels, shape.read)
-    readers = torch.tensor([(0, shape.read, 0, 0)])
+    readers = Readers.table([(0, shape.read, 0, 0)])
     for fresh in (False, True) if shape.stride == 1 else (False,):
         dy = torch.randn(1, shape.out_pixels, shape.c_out)
         new = None
@@ -180,7 +181,7 @@ def test_weight_gradient(case: str) -> None:
     source = Features(torch.randn(shape.in_pixels, shape.read), norm[SCALE], norm[SHIFT])
     dy = torch.randn(1, shape.out_pixels, shape.c_out)
     weight = random_weight(shape).double().requires_grad_()
-    readers = torch.tensor([(0, shape.read, 0, 0)])
+    readers = Readers.table([(0, shape.read, 0, 0)])
     got = weight_gradient(dy, source, shape, readers, shape.total_in, False, weight.numel())
     out = conv(images(activated(source, 0, shape.read), shape), weight, shape)
     (exact,) = torch.autograd.grad(out, weight, images(dy[0], shape, out=True))
@@ -203,7 +204,7 @@ def test_windows_pull_from_all_their_readers() -> None:
     for target in (0, 2, 4):
         out = torch.empty(pixels, 2)
         data_gradient(
-            dy, weights, shape, torch.tensor(table), (0, 3), target, 2, out, EPS, windows=True, mask=mask
+            dy, weights, shape, Readers.table(table), (0, 3), target, 2, out, EPS, windows=True, mask=mask
         )  # fmt: skip
         assert error(out, exact[:, target : target + 2]) < 1e-6
 
@@ -240,7 +241,7 @@ def test_more_tiles_than_the_last_program_adds_up_at_once() -> None:
             scratch = Scratch.allocate(x, shape.out_pixels, 24)
             source = Features(x, norm[SCALE], norm[SHIFT])
             convolution(source, 0, weight, shape, out, norm=behind, scratch=scratch, eps=EPS)
-            readers = torch.tensor([(0, 8, 0, 0)])
+            readers = Readers.table([(0, 8, 0, 0)])
             data_gradient(
                 out[None], weight, shape, readers, (0, 1), 0, 8, g, EPS, windows=False, raw=raw, norm=through,
                 scratch=scratch,
@@ -262,7 +263,7 @@ def test_group_blocked_features(block: int) -> None:
     rows = torch.randn(shape.in_pixels, 48)
     blocked = rows.unflatten(1, (-1, block)).transpose(0, 1).contiguous()
     weight, dy = random_weight(shape), torch.randn(2, shape.out_pixels, 8)
-    groups = torch.tensor([(4, 24, 0, 0), (block, 24, 192, 0)])
+    groups = Readers.table([(4, 24, 0, 0), (block, 24, 192, 0)])
     results = []
     for source in (
         Features(rows, norm[SCALE], norm[SHIFT], 10),
