@@ -41,9 +41,12 @@ class Memory(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
+        self.forget_the_dead()
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+    def forget_the_dead(self) -> None:
+        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
 
 
 def counted(plan: Plan, training: bool, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Counter[str], Memory]]:
@@ -88,6 +91,14 @@ def test_two_launches_a_group_and_a_constant(kind: str) -> None:
             # The tail's two gradients, the input's pull and BN, and one weight gradient for each kind of conv.
             assert backward.total() == per_group * groups + 4 + per_group
             assert backward["weight_gradient_kernel"] == 1 + per_group
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "basic"])
+def test_nothing_outlives_a_pass(kind: str) -> None:
+    """What a pass allocates dies with it: no tensor cached for later may lie in a CUDA graph's memory pool."""
+    for _, memory in counted(plan_of(kind, 1), training=True):
+        memory.forget_the_dead()
+        assert not memory.alive
 
 
 @pytest.mark.parametrize("name", ["seqresnet_b42", "seqresnext_24"])

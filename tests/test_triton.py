@@ -15,6 +15,7 @@ from rounded import compare
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.kernels.configs import pin
 from seqconv_triton.models.imagenet import ImageNetNetwork, StageRow
 from seqconv_triton.plan import Plan, Tail
 
@@ -87,6 +88,13 @@ def test_stage_follows_float64(case: str, training: bool) -> None:
     plan, dropout = STAGES[case]
     stage = randomise(sct.Stage(plan, dropout=dropout)).train(training)
     assert_follows_float64(stage, torch.randn(2, plan.in_channels, 5, 3), stage_features, 1e-5)
+
+
+def test_basic_layers_over_many_tiles() -> None:
+    """A program reads its neighbours' pixels of the gradient before: no other may have written over them."""
+    layer = randomise(sct.SeqConv2d(12, 12, 4))
+    with pin("data_gradient", 16, 16):
+        assert_follows_float64(layer, torch.randn(2, 12, 5, 5), layer_raw, 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "every-second-channel", "transposed"])

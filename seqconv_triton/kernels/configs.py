@@ -12,7 +12,7 @@ import torch
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
     "convolution": ("gfx", "sm_8"),
-    "data_gradient": ("gfx", "sm_8", "sm_10", "sm_12"),
+    "data_gradient": ("gfx", "sm_8"),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
 
@@ -132,6 +132,8 @@ def _heuristic(kernel: str, reduction: int, block_n: int, element_size: int, arc
     crowded = kernel == "data_gradient" and taps > 1
     block_p = 128 if block_n <= 64 and not crowded else 64
     blackwell = arch.startswith(("sm_10", "sm_12"))  # its accumulators are not in registers
+    if kernel == "data_gradient" and blackwell and taps == 1:
+        stages = 2
     if kernel == "convolution" and block_p == 128 and not blackwell:  # longer steps cost half the occupancy
         block_k = min(32, block_k)
     return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= (4096 if crowded else 8192) else 4, stages)
