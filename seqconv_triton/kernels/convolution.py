@@ -148,7 +148,7 @@ def convolution(
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
         alignment(
-            start, shape.read if shape.own_width else 0, source.rows.stride(-2), source.step,
+            shape.c_out, start, shape.read if shape.own_width else 0, source.rows.stride(-2), source.step,
             row_stride(mask), row_stride(shortcut), out.stride(0),
         ),
         wide(source.rows, mask, shortcut, out), precision(out.dtype), out.element_size(),

@@ -238,8 +238,9 @@ def data_gradient(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,
         new.upstream is not None, new.passed is not None, batch,
         alignment(
-            readers.align, target, dy.stride(-2), dy.stride(0), row_stride(mask), row_stride(upstream), row_stride(raw),
-            new.g.stride(0), new.raw.stride(0), row_stride(new.upstream), row_stride(new.passed), out.stride(0),
+            readers.align, channels, target, dy.stride(-2), dy.stride(0), row_stride(mask), row_stride(upstream),
+            row_stride(raw), new.g.stride(0), new.raw.stride(0), row_stride(new.upstream), row_stride(new.passed),
+            out.stride(0),
         ),
         wide(dy, out, mask, raw, upstream, new.raw, new.upstream),
         precision(out.dtype), out.element_size(), architecture(out.device), pinned(),

@@ -163,7 +163,10 @@ def wide(*tensors: Tensor | None) -> bool:
 
 
 def alignment(*values: int) -> int:
-    """The largest of 1, 2, 4, 8, 16 that divides all: 16 bytes of half precision are 8 elements."""
+    """The largest of 1, 2, 4, 8, 16 that divides all: 16 bytes of half precision are 8 elements.
+
+    A group's width among them keeps it the same for every second group.
+    """
     return math.gcd(16, *values)
 
 
