@@ -293,6 +293,19 @@ def test_more_tiles_than_the_last_program_adds_up_at_once() -> None:
     assert error(results[0][0][VAR], var) < 1e-5
 
 
+def test_conv_statistics_keep_digits_far_from_zero() -> None:
+    """Outputs of mean 1e3 and deviation 1, over many tiles: the variance keeps four digits."""
+    shape = ConvShape(1, 20, 17, 1, 1, 16, 16, 16, 16)
+    norm, behind, out = random_norm(16), random_norm(16), torch.empty(shape.out_pixels, 16)
+    source, weight = Features(torch.randn(shape.in_pixels, 16), norm[SCALE], norm[SHIFT]), random_weight(shape)
+    far = torch.full_like(out, 1e3)
+    with configs.pin("convolution", 16, 16):
+        scratch = Scratch.allocate(out, shape.out_pixels, 16)
+        convolution(source, 0, weight, shape, out, shortcut=far, norm=behind, scratch=scratch, eps=EPS)
+    var = (activated(source, 0, 16) @ weight[:, 0].double().t()).var(0, unbiased=False)
+    assert ((behind[VAR] - var).abs() / var).max() < 1e-4
+
+
 @pytest.mark.parametrize("block", [4, 16])
 def test_group_blocked_features(block: int) -> None:
     """The kernels that read a window give the same bits from [groups, P, block] as from channels-last features."""
