@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from seqconv_triton.kernels import configs
+from seqconv_triton.kernels import configs, launch
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.data_gradient import Fresh, data_gradient
 from seqconv_triton.kernels.elementwise import activate, apply_gradient
@@ -31,6 +31,7 @@ from seqconv_triton.kernels.launch import (
     C,
     ConvShape,
     Features,
+    Readers,
     Scratch,
     covered,
 )
@@ -123,6 +124,8 @@ def test_convolution(case: str, dtype: torch.dtype) -> None:
         for row, expected in ((MEAN, mean), (VAR, var), (SCALE, scale), (SHIFT, behind[BIAS] - scale * mean)):
             assert error(behind[row], expected) < 5 * tolerance, row
     assert scratch.counters.eq(0).all()
+    convolution(source, start, weight, shape, out)  # what dropout's mask would hide
+    assert error(out, flat(conv(images(activated(source, start, shape.read), shape), weight, shape))) < tolerance
 
 
 @pytest.mark.parametrize("through", [True, False], ids=["through-relu", "plain"])
@@ -134,7 +137,7 @@ def test_data_gradient_of_one_reader(case: str, through: bool) -> None:
     raw = torch.randn(shape.in_pixels, shape.read)
     norm = random_norm(shape.read)
     scratch = Scratch.allocate(raw, shape.in_pixels, shape.read)
-    readers = torch.tensor([(0, shape.read, 0, 0)])
+    readers = Readers.table([(0, shape.read, 0, 0)])
     for fresh in (False, True) if shape.stride == 1 else (False,):
         dy = torch.randn(1, shape.out_pixels, shape.c_out)
         new = None
@@ -180,32 +183,63 @@ def test_weight_gradient(case: str) -> None:
     source = Features(torch.randn(shape.in_pixels, shape.read), norm[SCALE], norm[SHIFT])
     dy = torch.randn(1, shape.out_pixels, shape.c_out)
     weight = random_weight(shape).double().requires_grad_()
-    readers = torch.tensor([(0, shape.read, 0, 0)])
+    readers = Readers.table([(0, shape.read, 0, 0)])
     got = weight_gradient(dy, source, shape, readers, shape.total_in, False, weight.numel())
     out = conv(images(activated(source, 0, shape.read), shape), weight, shape)
     (exact,) = torch.autograd.grad(out, weight, images(dy[0], shape, out=True))
     assert error(got.view_as(exact), exact) < 1e-6
 
 
-def test_windows_pull_from_all_their_readers() -> None:
-    """Three 1×1 convs over overlapping windows of six-channel features, with dropout, pulled two channels at a time."""
-    windows, k, batch, height, width = [(0, 4), (2, 4), (1, 5)], 8, 2, 3, 2
+@pytest.mark.parametrize("windows", [[(0, 4), (2, 4), (1, 5)], [(0, 4), (0, 8), (4, 4)]], ids=["any", "aligned"])
+def test_windows_pull_from_all_their_readers(windows: list[tuple[int, int]]) -> None:
+    """Three 1×1 convs over overlapping windows of eight-channel features, with dropout, pulled four at a time."""
+    k, batch, height, width = 8, 2, 3, 2
     pixels = batch * height * width
-    table = [(start, count, 100 * i, 10 * i) for i, (start, count) in enumerate(windows)]
-    weights, mask = torch.randn(300), torch.rand(batch, 30)
+    table = [(start, count, 100 * i, 12 * i) for i, (start, count) in enumerate(windows)]
+    weights, mask = torch.randn(300), torch.rand(batch, 36)
     dy = torch.randn(3, pixels, k)
     shape = ConvShape(batch, height, width, 1, 1, k, 4, k, 4)
-    exact = torch.zeros(pixels, 6, dtype=torch.float64)
+    exact = torch.zeros(pixels, 8, dtype=torch.float64)
     for i, (start, count) in enumerate(windows):
         weight = weights[100 * i : 100 * i + k * count].view(k, count).double()
-        seen = mask[:, 10 * i : 10 * i + count].double().repeat_interleave(height * width, 0)
+        seen = mask[:, 12 * i : 12 * i + count].double().repeat_interleave(height * width, 0)
         exact[:, start : start + count] += dy[i].double() @ weight * seen
     for target in (0, 2, 4):
-        out = torch.empty(pixels, 2)
+        out = torch.empty(pixels, 4)
         data_gradient(
-            dy, weights, shape, torch.tensor(table), (0, 3), target, 2, out, EPS, windows=True, mask=mask
+            dy, weights, shape, Readers.table(table), (0, 3), target, 4, out, EPS, windows=True, mask=mask
         )  # fmt: skip
-        assert error(out, exact[:, target : target + 2]) < 1e-6
+        assert error(out, exact[:, target : target + 4]) < 1e-6
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_wide_offsets(monkeypatch: pytest.MonkeyPatch, align: int) -> None:
+    """The kernels for buffers beyond 2^31 elements, on a small one; and what counts as beyond."""
+    for rows, channels, expected in ((2**27, 16, True), (2**27 - 1, 16, False), (2**20, 3000, True)):
+        assert launch.wide(None, torch.empty(rows, channels, device="meta")[:, :1]) == expected
+    shape = ConvShape(1, 5, 4, 1, 1, 16, 16, 16, 16)
+    x, norm = torch.randn(20, align + 16), random_norm(align + 16)
+    source, weight, results = Features(x, norm[SCALE], norm[SHIFT]), random_weight(shape), []
+    readers = Readers.table([(align, 16, 0, 0)])
+    for beyond in (False, True):
+        for module in (convolution, data_gradient, weight_gradient):
+            monkeypatch.setitem(module.__globals__, "wide", lambda *_, beyond=beyond: beyond)
+        out, g = torch.empty(20, 16), torch.empty(20, 16)
+        convolution(source, align, weight, shape, out)
+        data_gradient(out[None], weight, shape, readers, (0, 1), align, 16, g, EPS, windows=True)
+        results.append((out, g, weight_gradient(out[None], source, shape, readers, 16, True, 256)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_nan_stays() -> None:
+    """A NaN passes ReLU, as in torch: a diverged training must not look healthy."""
+    shape = ConvShape(1, 3, 1, 1, 1, 16, 16, 16, 16)
+    x, norm, out = torch.randn(3, 16), random_norm(16), torch.empty(3, 16)
+    x[1, 5] = torch.nan
+    convolution(Features(x, norm[SCALE], norm[SHIFT]), 0, random_weight(shape), shape, out)
+    assert out.isnan().all(1).tolist() == [False, True, False]
+    activate(x, norm[SCALE], norm[SHIFT], out)
+    assert torch.equal(out.isnan(), x.isnan())
 
 
 def test_elementwise_and_input_statistics() -> None:
@@ -223,7 +257,10 @@ def test_elementwise_and_input_statistics() -> None:
 
 
 def test_more_tiles_than_the_last_program_adds_up_at_once() -> None:
-    """40 tiles: two chunks of up to 32, then both; against one tile for all pixels, forward and backward."""
+    """40 tiles: two chunks of up to 32, then both; against one tile for all pixels, forward and backward.
+
+    The weight gradient is split into runs of pixels here.
+    """
     shape = ConvShape(1, 26, 24, 1, 1, 24, 8, 24, 8)
     norm = random_norm(8)
     x = torch.randn(shape.in_pixels, 8) + 3
@@ -240,7 +277,7 @@ def test_more_tiles_than_the_last_program_adds_up_at_once() -> None:
             scratch = Scratch.allocate(x, shape.out_pixels, 24)
             source = Features(x, norm[SCALE], norm[SHIFT])
             convolution(source, 0, weight, shape, out, norm=behind, scratch=scratch, eps=EPS)
-            readers = torch.tensor([(0, 8, 0, 0)])
+            readers = Readers.table([(0, 8, 0, 0)])
             data_gradient(
                 out[None], weight, shape, readers, (0, 1), 0, 8, g, EPS, windows=False, raw=raw, norm=through,
                 scratch=scratch,
@@ -249,9 +286,24 @@ def test_more_tiles_than_the_last_program_adds_up_at_once() -> None:
             assert scratch.counters.eq(0).all()
     for many, one in zip(*results, strict=True):
         assert error(many, one) < 1e-5
+    got = weight_gradient(out[None], source, shape, readers, 8, False, weight.numel())
+    assert error(got.view(24, 8), out.double().t() @ activated(source, 0, 8)) < 1e-6
     var, mean = torch.var_mean(activated(source, 0, 8) @ weight.double()[:, 0].t(), 0, unbiased=False)
     assert error(results[0][0][MEAN], mean) < 1e-6
     assert error(results[0][0][VAR], var) < 1e-5
+
+
+def test_conv_statistics_keep_digits_far_from_zero() -> None:
+    """Outputs of mean 1e3 and deviation 1, over many tiles: the variance keeps four digits."""
+    shape = ConvShape(1, 20, 17, 1, 1, 16, 16, 16, 16)
+    norm, behind, out = random_norm(16), random_norm(16), torch.empty(shape.out_pixels, 16)
+    source, weight = Features(torch.randn(shape.in_pixels, 16), norm[SCALE], norm[SHIFT]), random_weight(shape)
+    far = torch.full_like(out, 1e3)
+    with configs.pin("convolution", 16, 16):
+        scratch = Scratch.allocate(out, shape.out_pixels, 16)
+        convolution(source, 0, weight, shape, out, shortcut=far, norm=behind, scratch=scratch, eps=EPS)
+    var = (activated(source, 0, 16) @ weight[:, 0].double().t()).var(0, unbiased=False)
+    assert ((behind[VAR] - var).abs() / var).max() < 1e-4
 
 
 @pytest.mark.parametrize("block", [4, 16])
@@ -262,7 +314,7 @@ def test_group_blocked_features(block: int) -> None:
     rows = torch.randn(shape.in_pixels, 48)
     blocked = rows.unflatten(1, (-1, block)).transpose(0, 1).contiguous()
     weight, dy = random_weight(shape), torch.randn(2, shape.out_pixels, 8)
-    groups = torch.tensor([(4, 24, 0, 0), (block, 24, 192, 0)])
+    groups = Readers.table([(4, 24, 0, 0), (block, 24, 192, 0)])
     results = []
     for source in (
         Features(rows, norm[SCALE], norm[SHIFT], 10),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -39,9 +41,12 @@ class Memory(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
+        self.forget_the_dead()
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+    def forget_the_dead(self) -> None:
+        self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
 
 
 def counted(plan: Plan, training: bool, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Counter[str], Memory]]:
@@ -88,6 +93,14 @@ def test_two_launches_a_group_and_a_constant(kind: str) -> None:
             assert backward["weight_gradient_kernel"] == 1 + per_group
 
 
+@pytest.mark.parametrize("kind", ["bottleneck", "basic"])
+def test_nothing_outlives_a_pass(kind: str) -> None:
+    """What a pass allocates dies with it: no tensor cached for later may lie in a CUDA graph's memory pool."""
+    for _, memory in counted(plan_of(kind, 1), training=True):
+        memory.forget_the_dead()
+        assert not memory.alive
+
+
 @pytest.mark.parametrize("name", ["seqresnet_b42", "seqresnext_24"])
 def test_temporary_memory_of_backward(name: str) -> None:
     """At most dy and dz of all groups, two groups' g, the tail's gradient, the weights' partial sums, the vectors."""
@@ -122,3 +135,34 @@ def test_kept_for_backward_in_bfloat16() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x)
     assert 30 * 2**20 < sum(kept.values()) < 34 * 2**20
+
+
+# What a user writes, and what a float32 product may then be.
+TF32_SWITCHES = {
+    "pass": "ieee",  # torch's default: convolutions may, matrix products may not
+    "b.cuda.matmul.allow_tf32 = True": "tf32",
+    "b.cuda.matmul.allow_tf32 = True; b.cudnn.allow_tf32 = False": "ieee",
+    "b.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "b.cuda.matmul.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'": "ieee",
+    "b.fp32_precision = 'tf32'": "tf32",
+    "b.fp32_precision = 'tf32'; b.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+}
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    """By either of torch's interfaces. No switch goes back to what it was: each case is a forked process."""
+    program = f"""
+import os, torch
+from seqconv_triton.kernels.launch import precision
+b = torch.backends
+for case in {list(TF32_SWITCHES)}:
+    if os.fork() == 0:
+        exec(case)
+        print(precision(torch.float32), precision(torch.bfloat16), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, case
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{expected} ieee" for expected in TF32_SWITCHES.values()]

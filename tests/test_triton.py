@@ -11,9 +11,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import Run, error, everything, randomise
+from rounded import compare
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.kernels.configs import pin
 from seqconv_triton.models.imagenet import ImageNetNetwork, StageRow
 from seqconv_triton.plan import Plan, Tail
 
@@ -88,6 +90,13 @@ def test_stage_follows_float64(case: str, training: bool) -> None:
     assert_follows_float64(stage, torch.randn(2, plan.in_channels, 5, 3), stage_features, 1e-5)
 
 
+def test_basic_layers_over_many_tiles() -> None:
+    """A program reads its neighbours' pixels of the gradient before: no other may have written over them."""
+    layer = randomise(sct.SeqConv2d(12, 12, 4))
+    with pin("data_gradient", 16, 16):
+        assert_follows_float64(layer, torch.randn(2, 12, 5, 5), layer_raw, 1e-5)
+
+
 @pytest.mark.parametrize("layout", ["channels-last", "every-second-channel", "transposed"])
 def test_any_layout_of_input_and_shortcut(layout: str) -> None:
     layer = randomise(sct.SeqConv2d(8, 16, 8, bottleneck=True))
@@ -123,28 +132,14 @@ def test_layer_without_a_gradient_of_its_input() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", STAGES)
-def test_half_precision(case: str, training: bool) -> None:
-    """float16 features: outputs within 2e-3, gradients within that and twice what the reference loses in float16.
-
-    Biases keep features away from ReLU's corner: among 60 pixels one rounding across it moves a gradient by 5 %.
-    """
+def test_half_precision(case: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16: the output within 2e-3 of float64, every gradient within 2e-3 of float64 at the features kept."""
     plan, dropout = STAGES[case]
     stage = randomise(sct.Stage(plan, dropout=dropout)).train(training)
-    with torch.no_grad():
-        for norm in (stage.norm, stage.reduce_norm):
-            if norm is not None:
-                norm.bias += 6
-                norm.weight *= 1 if training else 0.2  # running statistics do not hold growth back
-    stage = stage.half()
     x = torch.randn(3, plan.in_channels, 5, 4).half()
-    with sct.use_backend("reference"):
-        exact = everything(copy.deepcopy(stage).double(), x.double(), lambda m, t: [m(t)])
-        rounded = everything(stage, x, lambda m, t: [m(t)])
-    with sct.use_backend("triton"):
-        got = everything(stage, x, lambda m, t: [m(t)])
-    assert error(got["output 0"], exact["output 0"]) < 2e-3
-    for name, value in exact.items():
-        assert error(got[name], value) <= 2 * error(rounded[name], value) + 2e-3, name
+    errors = {name: error(*pair) for name, pair in compare(stage, x, monkeypatch).items()}
+    assert len(errors) == 2 + len(list(stage.parameters()))
+    assert not {name: e for name, e in errors.items() if not e < 2e-3}
 
 
 class TinyImageNetNetwork(ImageNetNetwork):

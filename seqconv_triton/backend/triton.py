@@ -22,7 +22,6 @@ from seqconv_triton.backend.triton_parts import (
     share_gradients,
     share_statistics,
     slots,
-    tables,
     taps_first,
     taps_first_view,
 )
@@ -141,7 +140,7 @@ def stage_backward(
     geometry = Geometry(plan, buffer)
     pixels, raw = geometry.pixels, rows(buffer)
     norms = Norms(parameters, statistics, plan, eps, known=True, rows=BACKWARD_ROWS)
-    windows, inside, _ = tables(plan.encode(), buffer.device)
+    windows, inside, _ = geometry.tables
     first = plan.total_channels - plan.read_channels
     upstream = None if d_out is None else rows(channels_last(d_out))
     if upstream is not None and geometry.tail is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters
 from seqconv_triton.backend.packing import group_masks, window_weights
-from seqconv_triton.backend.triton_parts import Geometry, Norms, rows, tables, taps_last_
+from seqconv_triton.backend.triton_parts import Geometry, Norms, rows, taps_last_
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.data_gradient import Fresh, data_gradient
 from seqconv_triton.kernels.elementwise import apply_gradient
@@ -46,12 +46,13 @@ def through_tail(
 ) -> Tensor:
     """The gradient [P, read] of the activated channels that the tail reads; that of its weight along the way."""
     assert parameters.tail_weight is not None and geometry.tail is not None
-    table = tables(plan.encode(), raw.device)[2]
+    table = geometry.tables[2]
     weight = parameters.tail_weight.permute(0, 2, 3, 1).contiguous()
     upstream = raw.new_empty((raw.shape[0], plan.read_channels))
+    count = len(table.rows)
     data_gradient(
-        d_tail.expand(len(table), -1, -1), weight, geometry.tail, table, (0, len(table)), 0, plan.read_channels,
-        upstream, eps, windows=False, mask=mask,
+        d_tail.expand(count, -1, -1), weight, geometry.tail, table, (0, count), 0, plan.read_channels, upstream, eps,
+        windows=False, mask=mask,
     )  # fmt: skip
     into = gradients.parameters.tail_weight
     if into is not None:
@@ -60,7 +61,14 @@ def through_tail(
             raw[:, first:], norms.main[SCALE, first:], norms.main[SHIFT, first:], max(0, norms.offset - first)
         )
         flat = weight_gradient(
-            d_tail[None], ends, geometry.tail, table[:1], geometry.tail.total_in, False, weight.numel(), mask=mask
+            d_tail[None],
+            ends,
+            geometry.tail,
+            table._replace(rows=table.rows[:1]),
+            geometry.tail.total_in,
+            False,
+            weight.numel(),
+            mask=mask,
         )
         taps_last_(into, flat, plan, windows=False)
     return upstream
@@ -113,7 +121,7 @@ def weight_gradients(
     gradients: StageGradients,
 ) -> None:
     """One launch for all convs over windows, one for all 3×3 convs inside groups."""
-    windows, inside, _ = tables(plan.encode(), raw.device)
+    windows, inside, _ = geometry.tables
     wanted = gradients.parameters
     into = wanted.reduce_weight if plan.bottleneck else wanted.transform_weight
     if into is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -24,15 +24,16 @@ from seqconv_triton.kernels.launch import (
     B,
     C,
     ConvShape,
+    Readers,
 )
 from seqconv_triton.plan import Plan
 
 
-@lru_cache(maxsize=256)
-def tables(encoded: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (window start, width, weight offset, mask offset) of the windows, the 3×3 convs inside groups, the tail.
+@cache
+def tables(encoded: str, pinned: bool) -> tuple[Readers, Readers, Readers]:
+    """The convs over windows, the 3×3 convs inside groups, and the tail, as the kernels read them; on the host.
 
-    A constant of the plan, copied to the device once.
+    Never dropped: a captured CUDA graph copies from this memory in every replay.
     """
     plan = Plan.decode(encoded)
     k, area = plan.group_width, 1 if plan.bottleneck else 9
@@ -44,7 +45,8 @@ def tables(encoded: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     read = plan.read_channels
     repeats = plan.tail.repeats if plan.tail is not None else 1
     tail = [(-r * read, read * repeats, 0, plan.window_offsets[-1] - r * read) for r in range(repeats)]
-    return tuple(torch.tensor(rows, dtype=torch.int64, device=device) for rows in (windows, inside, tail))  # type: ignore[return-value]
+    found = [Readers.table(rows) for rows in (windows, inside, tail)]
+    return tuple(Readers(r.rows.pin_memory() if pinned else r.rows, r.align) for r in found)  # type: ignore[return-value]
 
 
 def taps_first(weight: Tensor, plan: Plan, windows: bool) -> Tensor:
@@ -75,14 +77,18 @@ class Geometry:
     """What forward and backward both derive from a plan and its images."""
 
     def __init__(self, plan: Plan, images: Tensor) -> None:
+        self.plan, self.device = plan, images.device
         self.batch, _, self.height, self.width = images.shape
         self.pixels = self.batch * self.height * self.width
         k = plan.group_width
         sub = k // plan.subgroups
         size = (self.batch, self.height, self.width)
         self.inside = ConvShape(*size, 3, 1, k, sub, sub, k)
+        kernel = 1 if plan.bottleneck else 3
+        widths = {layer.in_channels for layer in plan.layers if layer.windowed or plan.uniform}
         self.windows = [
-            ConvShape(*size, 1 if plan.bottleneck else 3, 1, k, g.window_width, k, g.window_width) for g in plan.groups
+            ConvShape(*size, kernel, 1, k, width, k, width, own_width=width not in widths)
+            for width in (group.window_width for group in plan.groups)
         ]
         self.tail = None
         if plan.tail is not None:
@@ -91,6 +97,15 @@ class Geometry:
             self.tail = ConvShape(
                 *size, t.kernel_size, t.stride, t.out_channels, inputs, t.out_channels // t.groups, plan.read_channels
             )
+
+    @cached_property
+    def tables(self) -> tuple[Readers, Readers, Readers]:
+        """`tables` on the device, copied anew each time and never kept.
+
+        A tensor that outlives the pass would be foreign to the memory pool of a CUDA graph being warmed up.
+        """
+        found = tables(self.plan.encode(), self.device.type == "cuda")
+        return tuple(Readers(r.rows.to(self.device, non_blocking=True), r.align) for r in found)  # type: ignore[return-value]
 
 
 def rows(x: Tensor) -> Tensor:

@@ -63,7 +63,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch; `instruction` is the matrix instruction found in the machine code."""
+    """What the compiler made of a launch; `instruction` is the matrix instruction found in the machine code.
+
+    `load_bits` is the widest load from global memory, `narrow_loads` the number of instructions that load 16 bits.
+    """
 
     launch: Launch
     registers: int
@@ -71,6 +74,7 @@ class Compiled:
     shared: int
     instruction: str
     load_bits: int
+    narrow_loads: int
     occupancy: float
 
 
@@ -85,13 +89,12 @@ def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             kind, aligned = "fp32", False
-        elif name in unspecialised:
-            kind, aligned = "i32", False
-        elif value == 1:
+        elif value == 1 and name not in unspecialised:
             kind, aligned = "constexpr", False
             fixed[name] = 1
         else:
-            kind, aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and name not in unspecialised
         signature.append((name, kind))
         if aligned:
             divisible.append(position)
@@ -211,9 +214,10 @@ def compile_launch(item: Launch, architecture: str) -> Compiled:
     registers, spills, text = machine_code(compiled)
     loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
     loads += [int(n) for n in re.findall(r"LDG(?:STS)?\.E\.(?:[A-Z]+\.)*(64|128)", text)]
+    narrow = len(re.findall(r"(?:buffer|global)_load_(?:u?short|[us]16)|LDG\.E\.(?:[A-Z]+\.)*[US]16", text))
     instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "-")
     return Compiled(
-        item, registers, spills, shared, instruction, max(loads, default=32),
+        item, registers, spills, shared, instruction, max(loads, default=32), narrow,
         occupancy(architecture, registers, shared, item.num_warps),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
     "convolution": ("gfx", "sm_8"),
-    "data_gradient": ("gfx",),
+    "data_gradient": ("gfx", "sm_8"),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
 WITH_SUMS = ("convolution", "data_gradient")  # families whose tiles of pixels leave sums in `launch.Scratch`
@@ -226,4 +226,9 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     # Nine taps of gradients that go through BN on load need registers: a smaller tile, or they spill.
     crowded = kernel == "data_gradient" and taps > 1
     block_p = 128 if block_n <= 64 and not crowded else 64
+    blackwell = arch.startswith(("sm_10", "sm_12"))  # its accumulators are not in registers
+    if kernel == "data_gradient" and blackwell and taps == 1:
+        stages = 2
+    if kernel == "convolution" and block_p == 128 and not blackwell:  # longer steps cost half the occupancy
+        block_k = min(32, block_k)
     return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= (4096 if crowded else 8192) else 4, stages)

@@ -20,6 +20,8 @@ from seqconv_triton.kernels.launch import (
     ConvShape,
     Features,
     Scratch,
+    aligned,
+    alignment,
     cdiv,
     channel_offset,
     covered,
@@ -44,22 +46,39 @@ def activate(value, scale_ptr, shift_ptr, channels, mask_c, IDENTITY: tl.constex
     return positive
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "start", "width", "P", "H", "W", "OUT_H", "OUT_W",
+        "stride_x", "step_x", "stride_mask", "stride_shortcut", "stride_y", "stride_norm",
+    ]
+)  # fmt: skip
 def convolution_forward_kernel(
     x_ptr, scale_ptr, shift_ptr, mask_ptr, weight_ptr, shortcut_ptr, y_ptr,
     mean_ptr, m2_ptr, counter_ptr, norm_ptr,
-    start, P, H, W, OUT_H, OUT_W,
+    start, width, P, H, W, OUT_H, OUT_W,
     stride_x, step_x, stride_mask, stride_shortcut, stride_y, stride_norm, eps,
     C_OUT: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr, RANGE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [P_in, …] from channel `start` on; READ of its channels exist (the tail may read them repeatedly).
 
     RANGE input channels, from the first one of the tile's first conv group on, cover what the tile's outputs see.
+    Without a RANGE the conv is one group over a window of `width`. ALIGN divides offsets and strides.
     """
+    start, stride_x, step_x = aligned(start, ALIGN), aligned(stride_x, ALIGN), aligned(step_x, ALIGN)
+    stride_mask, stride_y = aligned(stride_mask, ALIGN), aligned(stride_y, ALIGN)
+    stride_shortcut = aligned(stride_shortcut, ALIGN)
+    if RANGE:
+        reach: tl.constexpr = RANGE
+        group_in: tl.constexpr = GROUP_IN
+        total: tl.constexpr = GROUP_IN * (C_OUT // GROUP_OUT)
+    else:
+        reach = aligned(width, ALIGN)
+        group_in = reach
+        total = reach
     pid_p, pid_n = tl.program_id(0), tl.program_id(1)
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     if WIDE:
@@ -69,7 +88,7 @@ def convolution_forward_kernel(
     out_h, out_w = (offs_p // OUT_W) % OUT_H, offs_p % OUT_W
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C_OUT
-    first = (pid_n * BLOCK_N // GROUP_OUT) * GROUP_IN
+    first = (pid_n * BLOCK_N // GROUP_OUT) * group_in
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     for tap in range(KERNEL * KERNEL):
@@ -77,10 +96,11 @@ def convolution_forward_kernel(
         in_w = out_w * STRIDE + tap % KERNEL - KERNEL // 2
         inside = mask_p & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
         rows = x_ptr + ((image * H + in_h) * W + in_w) * stride_x  # [BLOCK_P]
-        for k0 in range(0, RANGE, BLOCK_K):
+        for k0 in range(0, reach, BLOCK_K):
             offs_k = first + k0 + tl.arange(0, BLOCK_K)
-            mask_k = (k0 + tl.arange(0, BLOCK_K) < RANGE) & (offs_k < GROUP_IN * (C_OUT // GROUP_OUT))
-            channels = start + offs_k % READ
+            mask_k = (k0 + tl.arange(0, BLOCK_K) < reach) & (offs_k < total)
+            offs_r = offs_k % READ if READ else offs_k
+            channels = start + offs_r
             valid = inside[:, None] & mask_k[None, :]
             x = tl.load(
                 rows[:, None] + channel_offset(channels, step_x, BLOCK)[None, :], mask=valid, other=0.0
@@ -88,12 +108,12 @@ def convolution_forward_kernel(
             x = activate(x.to(tl.float32), scale_ptr, shift_ptr, channels, mask_k, IDENTITY)
             x = tl.where(valid, x, 0.0)  # the padding is zero behind the activation
             if HAS_MASK:
-                dropped = mask_ptr + image[:, None] * stride_mask + (offs_k % READ)[None, :]
+                dropped = mask_ptr + image[:, None] * stride_mask + offs_r[None, :]
                 x *= tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
             # Position within the conv group of each output; outside it the block-diagonal weight is zero.
-            inner = offs_k[:, None] - (offs_n // GROUP_OUT)[None, :] * GROUP_IN
-            held = mask_k[:, None] & mask_n[None, :] & (inner >= 0) & (inner < GROUP_IN)
-            place = (offs_n[None, :] * (KERNEL * KERNEL) + tap) * GROUP_IN + inner
+            inner = offs_k[:, None] - (offs_n // GROUP_OUT)[None, :] * group_in
+            held = mask_k[:, None] & mask_n[None, :] & (inner >= 0) & (inner < group_in)
+            place = (offs_n[None, :] * (KERNEL * KERNEL) + tap) * group_in + inner
             weight = tl.load(weight_ptr + place, mask=held, other=0.0)  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
 
@@ -130,14 +150,19 @@ def convolution(
         recorders[-1](convolution, locals())
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
-        wide(source.rows, shortcut, out), precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
+        alignment(
+            shape.c_out, start, shape.read if shape.own_width else 0, source.rows.stride(-2), source.step,
+            row_stride(mask), row_stride(shortcut), out.stride(0),
+        ),
+        wide(source.rows, mask, shortcut, out), precision(out.dtype), out.element_size(),
+        architecture(out.device), pinned(),
     )  # fmt: skip
     sums = (source.scale,) * 3 if scratch is None else scratch
     run(
         convolution_forward_kernel, grid,
         source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
         source.rows if shortcut is None else shortcut, out, *sums, source.scale if norm is None else norm,
-        start, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
+        start, shape.read, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
         source.rows.stride(-2), source.step, row_stride(mask), row_stride(shortcut), out.stride(0),
         0 if norm is None else norm.stride(0), eps, **constants,
     )  # fmt: skip
@@ -151,6 +176,7 @@ def _fixed(
     has_mask: bool,
     has_shortcut: bool,
     statistics: bool,
+    align: int,
     wide: bool,
     precision: str,
     element_size: int,
@@ -160,11 +186,14 @@ def _fixed(
     """Grid and compile-time constants: derived once, not for every launch."""
     block_n = channel_tile(shape.c_out, shape.group_out)
     reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("convolution", reach, block_n, element_size, arch, shape.kernel**2)
+    # A window of its own width takes the tile of a long one, so that all such share a kernel.
+    config = config_for("convolution", 64 if shape.own_width else reach, block_n, element_size, arch, shape.kernel**2)
+    repeated = shape.read < shape.total_in
     return (cdiv(shape.out_pixels, config.block_p), cdiv(shape.c_out, block_n)), dict(
-        C_OUT=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, READ=shape.read, RANGE=reach,
+        C_OUT=shape.c_out, GROUP_IN=0 if shape.own_width else shape.group_in, GROUP_OUT=shape.group_out,
+        READ=shape.read if repeated else 0, RANGE=0 if shape.own_width else reach,
         KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=identity,
-        HAS_MASK=has_mask, HAS_SHORTCUT=has_shortcut, STATISTICS=statistics,
+        HAS_MASK=has_mask, HAS_SHORTCUT=has_shortcut, STATISTICS=statistics, ALIGN=align,
         BLOCK=block, WIDE=wide, PRECISION=precision, FAN=FAN,
         BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,

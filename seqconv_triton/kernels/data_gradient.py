@@ -23,7 +23,10 @@ from seqconv_triton.kernels.launch import (
     FAN,
     A,
     ConvShape,
+    Readers,
     Scratch,
+    aligned,
+    alignment,
     cdiv,
     covered,
     precision,
@@ -44,13 +47,13 @@ def gathered(
     offs_p, mask_p, offs_n, mask_n, pid_n,
     ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, RANGE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr,
-    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, PRECISION: tl.constexpr,
+    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one reader contributes to a tile, in float32."""
-    start = tl.load(readers_ptr + reader * 4)
-    width = tl.load(readers_ptr + reader * 4 + 1)
-    weights = weight_ptr + tl.load(readers_ptr + reader * 4 + 2)
+    start = aligned(tl.load(readers_ptr + reader * 4).to(tl.int32), ALIGN)
+    width = aligned(tl.load(readers_ptr + reader * 4 + 1).to(tl.int32), ALIGN)
+    weights = weight_ptr + aligned(tl.load(readers_ptr + reader * 4 + 2), ALIGN)
     source = dy_ptr + tl.cast(reader, tl.int64) * step_dy
     column = target + offs_n - start  # of the tile's channels in the reader's window
     seen = mask_n & (column >= 0) & (column < width)
@@ -68,7 +71,7 @@ def gathered(
         for k0 in range(0, RANGE, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
             if WINDOWS:
-                inner = column[None, :] + tl.zeros((BLOCK_K, 1), dtype=tl.int64)
+                inner = column[None, :] + tl.zeros((BLOCK_K, 1), dtype=tl.int32)
                 row_length = width
                 held = seen[None, :]
             else:
@@ -103,12 +106,23 @@ def gathered(
             weight = tl.load(weights + place, mask=mask_k[:, None] & held, other=0.0)  # [BLOCK_K, BLOCK_N]
             part = tl.dot(dy, weight, part, input_precision=PRECISION)
     if HAS_MASK:
-        dropped = mask_ptr + tl.load(readers_ptr + reader * 4 + 3) + image[:, None] * stride_mask + column[None, :]
+        dropped = (
+            mask_ptr
+            + aligned(tl.load(readers_ptr + reader * 4 + 3), ALIGN)
+            + image[:, None] * stride_mask
+            + column[None, :]
+        )
         part *= tl.load(dropped, mask=mask_p[:, None] & seen[None, :], other=0.0).to(tl.float32)
     return part
 
 
-@triton.jit(do_not_specialize=["first_reader", "last_reader"])
+@triton.jit(
+    do_not_specialize=[
+        "first_reader", "last_reader", "target", "P", "H", "W", "OUT_H", "OUT_W",
+        "stride_dy", "step_dy", "stride_mask", "stride_upstream", "stride_raw", "stride_norm",
+        "stride_fresh", "stride_fresh_raw", "stride_coefficient", "stride_fresh_up", "stride_passed", "stride_g",
+    ]
+)  # fmt: skip
 def data_gradient_kernel(
     dy_ptr, weight_ptr, readers_ptr, mask_ptr, upstream_ptr, raw_ptr, norm_ptr,
     fresh_ptr, fresh_raw_ptr, coefficient_ptr, fresh_up_ptr, passed_ptr,
@@ -119,7 +133,7 @@ def data_gradient_kernel(
     C: tl.constexpr, ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, RANGE: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_UPSTREAM: tl.constexpr, NORM: tl.constexpr,
-    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, BATCH: tl.constexpr,
+    FRESH: tl.constexpr, FRESH_UP: tl.constexpr, PASSED: tl.constexpr, BATCH: tl.constexpr, ALIGN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +142,13 @@ def data_gradient_kernel(
     A row of `readers` is (window start, window width, offset of its weight, offset of its mask); reader i's dy begins
     i·step_dy elements on. WINDOWS: a reader's conv is dense over its own window; otherwise conv groups of GROUP_IN to
     GROUP_OUT channels, of which RANGE outputs, from the tile's first group on, cover the tile.
+    ALIGN divides offsets and strides.
     """
+    target, stride_dy, step_dy = aligned(target, ALIGN), aligned(stride_dy, ALIGN), aligned(step_dy, ALIGN)
+    stride_mask, stride_upstream = aligned(stride_mask, ALIGN), aligned(stride_upstream, ALIGN)
+    stride_raw, stride_g = aligned(stride_raw, ALIGN), aligned(stride_g, ALIGN)
+    stride_fresh, stride_fresh_raw = aligned(stride_fresh, ALIGN), aligned(stride_fresh_raw, ALIGN)
+    stride_fresh_up, stride_passed = aligned(stride_fresh_up, ALIGN), aligned(stride_passed, ALIGN)
     pid_n = tl.program_id(1)
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     if WIDE:
@@ -145,7 +165,7 @@ def data_gradient_kernel(
             target, P, H, W, OUT_H, OUT_W, stride_dy, step_dy, stride_mask,
             stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed,
             offs_p, mask_p, offs_n, mask_n, pid_n, ROWS, GROUP_IN, GROUP_OUT, RANGE, KERNEL, STRIDE, WINDOWS, HAS_MASK,
-            True, FRESH_UP, PASSED, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
+            True, FRESH_UP, PASSED, ALIGN, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         first_reader += 1
     for reader in range(first_reader, last_reader):
@@ -155,7 +175,7 @@ def data_gradient_kernel(
             target, P, H, W, OUT_H, OUT_W, stride_dy, step_dy, stride_mask,
             stride_fresh, stride_fresh_raw, stride_coefficient, stride_fresh_up, stride_passed,
             offs_p, mask_p, offs_n, mask_n, pid_n, ROWS, GROUP_IN, GROUP_OUT, RANGE, KERNEL, STRIDE, WINDOWS, HAS_MASK,
-            False, False, False, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
+            False, False, False, ALIGN, PRECISION, BLOCK_P, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
     valid = mask_p[:, None] & mask_n[None, :]
@@ -193,7 +213,7 @@ def data_gradient(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    readers: Tensor,
+    readers: Readers,
     span: tuple[int, int],
     target: int,
     channels: int,
@@ -219,13 +239,19 @@ def data_gradient(
     new = fresh or Fresh(out, out, out)
     grid, constants = _fixed(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,
-        new.upstream is not None, new.passed is not None, batch, wide(dy, out, raw, upstream, new.raw, new.upstream),
+        new.upstream is not None, new.passed is not None, batch,
+        alignment(
+            readers.align, channels, target, dy.stride(-2), dy.stride(0), row_stride(mask), row_stride(upstream),
+            row_stride(raw), new.g.stride(0), new.raw.stride(0), row_stride(new.upstream), row_stride(new.passed),
+            out.stride(0),
+        ),
+        wide(dy, out, mask, raw, upstream, new.raw, new.upstream),
         precision(out.dtype), out.element_size(), architecture(out.device), pinned(),
     )  # fmt: skip
     vectors = out if norm is None else norm
     run(
         data_gradient_kernel, grid,
-        dy, weight, readers, dy if mask is None else mask, dy if upstream is None else upstream,
+        dy, weight, readers.rows, dy if mask is None else mask, dy if upstream is None else upstream,
         out if raw is None else raw, vectors,
         new.g, new.raw, new.norm if fresh is None else new.norm[A], dy if new.upstream is None else new.upstream,
         dy if new.passed is None else new.passed, out, *((out,) * 3 if scratch is None else scratch),
@@ -248,6 +274,7 @@ def _fixed(
     fresh_up: bool,
     passed: bool,
     batch: bool,
+    align: int,
     wide: bool,
     precision: str,
     element_size: int,
@@ -266,7 +293,7 @@ def _fixed(
     return (cdiv(shape.in_pixels, config.block_p), cdiv(channels, block_n)), dict(
         C=channels, ROWS=shape.c_out, GROUP_IN=group_in, GROUP_OUT=group_out, RANGE=reach,
         KERNEL=shape.kernel, STRIDE=shape.stride, WINDOWS=windows, HAS_MASK=has_mask,
-        HAS_UPSTREAM=has_upstream, NORM=norm, FRESH=fresh, FRESH_UP=fresh_up, PASSED=passed, BATCH=batch,
+        HAS_UPSTREAM=has_upstream, NORM=norm, FRESH=fresh, FRESH_UP=fresh_up, PASSED=passed, BATCH=batch, ALIGN=align,
         WIDE=wide, PRECISION=precision, FAN=FAN,
         BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,

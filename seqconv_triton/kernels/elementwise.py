@@ -10,7 +10,7 @@ from seqconv_triton.kernels.launch import A, cdiv, run, wide
 from seqconv_triton.kernels.statistics import ELEMENTWISE_C, ELEMENTWISE_P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def apply_gradient_kernel(
     g_ptr, x_ptr, coefficient_ptr, upstream_ptr, passed_ptr, dx_ptr,
     P, CHANNELS, stride_g, stride_x, stride_coefficient, stride_upstream, stride_passed, stride_dx,
@@ -39,7 +39,7 @@ def apply_gradient_kernel(
     tl.store(dx_ptr + offs_p[:, None] * stride_dx + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def activate_kernel(
     x_ptr, scale_ptr, shift_ptr, y_ptr, P, CHANNELS, stride_x, stride_y,
     WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

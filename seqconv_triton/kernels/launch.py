@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +24,12 @@ def channel_offset(channels, step, BLOCK: tl.constexpr):
         return (channels // BLOCK).to(tl.int64) * step + channels % BLOCK
 
 
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """`value`, a multiple of ALIGN, as one that the compiler knows to be a multiple: only then are loads wide."""
+    return value // ALIGN * ALIGN
+
+
 INTERPRETED = not isinstance(channel_offset, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU
 FAN = 32  # tiles whose sums the last of them to arrive adds up; then the last of those adds up the rest
 
@@ -32,7 +39,10 @@ FORWARD_ROWS, BACKWARD_ROWS = 6, 11
 
 
 class ConvShape(NamedTuple):
-    """A conv on [batch, ·, height, width]: conv groups of group_in → group_out channels over `read` stored channels."""
+    """A conv on [batch, ·, height, width]: conv groups of group_in → group_out channels over `read` stored channels.
+
+    `own_width` marks a dense layer's window, whose width grows from group to group: it is not compiled in.
+    """
 
     batch: int
     height: int
@@ -43,6 +53,7 @@ class ConvShape(NamedTuple):
     group_in: int
     group_out: int
     read: int
+    own_width: bool = False
 
     @property
     def out_height(self) -> int:
@@ -81,6 +92,20 @@ class Features(NamedTuple):
     def step(self) -> int:
         """Elements from one group of channels to the next; 0 where they lie side by side."""
         return self.rows.stride(0) if self.block else 0
+
+
+class Readers(NamedTuple):
+    """Convs that read windows of one buffer, a row each: window start, its width, offset of its weight, of its mask.
+
+    `align` divides every entry.
+    """
+
+    rows: Tensor
+    align: int
+
+    @classmethod
+    def table(cls, rows: Sequence[tuple[int, ...]]) -> Readers:
+        return cls(torch.tensor(rows, dtype=torch.int64), alignment(*(entry for row in rows for entry in row)))
 
 
 class Scratch(NamedTuple):
@@ -136,14 +161,27 @@ def record(recorder: Recorder) -> Iterator[None]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch's own switches allow it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """TF32 only where torch allows it for matrix products and for convolutions.
+
+    `fp32_precision` follows `allow_tf32` too; reading `allow_tf32` raises once somebody has set `fp32_precision`.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switches == ("tf32", "tf32") else "ieee"
 
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether a pixel's offset may need 64 bits; steps between groups always have them."""
     return any(t.shape[-2] * t.stride(-2) >= 2**31 for t in tensors if t is not None)
+
+
+def alignment(*values: int) -> int:
+    """The largest of 1, 2, 4, 8, 16 that divides all: 16 bytes of half precision are 8 elements.
+
+    A group's width among them keeps it the same for every second group.
+    """
+    return math.gcd(16, *values)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -43,7 +43,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     found = launches(model, size, arguments.batch, DTYPES[arguments.dtype], arguments.arch, tables=tables)
     print(f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(found)} distinct kernels")
     print(f"{'kernel':<20}{'tile':>12}{'taps':>5}{'warps':>6}{'registers':>10}{'spills':>7}", end="")
-    print(f"{'shared':>8}{'matrix':>8}{'load':>5}{'occupancy':>10}")
+    print(f"{'shared':>8}{'matrix':>8}{'load':>5}{'narrow':>7}{'occupancy':>10}")
     wrong = 0
     for item in compile_all(found, arguments.arch):
         constants = dict(item.launch.constants)
@@ -53,7 +53,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         print(
             f"{item.launch.name:<20}{tile:>12}{constants.get('KERNEL', 0) ** 2 or '':>5}{item.launch.num_warps:>6}"
             f"{item.registers:>10}{item.spills:>7}{item.shared:>8}{item.instruction:>8}{item.load_bits:>5}"
-            f"{item.occupancy:>10.0%}",
+            f"{item.narrow_loads:>7}{item.occupancy:>10.0%}",
             flush=True,
         )
     print(f"{wrong} of {len(found)} spill registers or exceed shared memory")

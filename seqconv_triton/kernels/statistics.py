@@ -146,7 +146,7 @@ def finish_gradients(
             tl.store(norm_ptr + 10 * stride_norm + offs_n, c, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def input_statistics_kernel(
     x_ptr, mean_ptr, m2_ptr, counter_ptr, norm_ptr, P, CHANNELS, stride_x, stride_norm, eps,
     WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FAN: tl.constexpr,
