@@ -1,0 +1,90 @@
+"""Before anything is timed: every contender's results against the specification in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+from bench import peers
+from bench.cases import Case
+from bench.contenders import Contender, build
+from bench.timing import unmarked
+
+# Relative RMS error that is allowed beyond twice that of the plain code in the same precision.
+FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
+CHUNK = 16  # images whose exact evaluation is computed at a time
+
+
+class Wrong(RuntimeError):
+    """A contender's results are not those of the specification."""
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Relative RMS error; NaN where either holds one."""
+    got, expected = got.double(), expected.double()
+    distance = (got - expected).norm().item()
+    scale = expected.norm().item()
+    return distance / scale if scale else distance
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Exact results, and how far plain code of the case's own precision is from them."""
+
+    exact: dict[str, Tensor]
+    own_error: dict[str, float]
+
+    def check(self, contender: Contender, dtype: str) -> float:
+        """The largest relative RMS error of the contender's last run. Raises Wrong, which names result and error."""
+        if missing := self.exact.keys() - contender.results.keys():
+            raise Wrong(f"no {', '.join(sorted(missing))}")
+        errors = {name: relative_error(contender.results[name], value) for name, value in self.exact.items()}
+        for name, error in errors.items():
+            allowed = 2 * self.own_error[name] + FLOOR[dtype]
+            if not error <= allowed:
+                raise Wrong(f"{name} is off by {error:.1e} (allowed: {allowed:.1e})")
+        return max(errors.values())
+
+
+def family(label: str) -> str:
+    """Who is compared with whom: our network in all its forms, or a peer with itself."""
+    who = label.split()[0]
+    return who if who in peers.PEERS else "reference"
+
+
+def expected(who: str, case: Case, base: nn.Module, x: Tensor) -> Expected:
+    """From the concatenating reference, or from a peer in eager mode."""
+    exact = exact_results(who, replace(case, dtype="float32"), base, x)
+    if case.dtype == "float32":
+        return Expected(exact, dict.fromkeys(exact, 0.0))
+    plain = build(f"{who} eager", case, base, x)
+    plain.run(unmarked)
+    return Expected(exact, {name: relative_error(plain.results[name], value) for name, value in exact.items()})
+
+
+def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Float32. Large training batches, which the concatenating code has no memory for, go through the aten backend."""
+    if not case.training:
+        outputs = []
+        for part in x.split(CHUNK):
+            contender = build(f"{who} eager", case, base, part)
+            contender.run(unmarked)
+            outputs.append(contender.results["output"])
+        return {"output": torch.cat(outputs)}
+    contender = build(f"{who} eager", case, base, x)
+    if who == "reference" and len(x) > 64:
+        # `build` has chosen the reference backend around the run: choose again inside.
+        own = contender.module
+        assert own is not None
+        forward = own.forward
+
+        def through_aten(images: Tensor) -> Tensor:
+            with sct.use_backend("aten"):
+                return forward(images)  # type: ignore[no-any-return]
+
+        own.forward = through_aten  # type: ignore[method-assign]
+    contender.run(unmarked)
+    return {name: value.clone() for name, value in contender.results.items()}
