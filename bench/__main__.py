@@ -11,7 +11,10 @@ COMMANDS = {
     "run": ("time a table of cases on this machine (the default)", "bench.run"),
     "compare": ("ratios between two results files", "bench.compare"),
     "plot": ("draw a results file again", "bench.plots"),
-    "document": ("write the measured tables of README and docs from the results files, or check them", "bench.document"),
+    "document": (
+        "write the measured tables of README and docs from the results files, or check them",
+        "bench.document",
+    ),
     "launches": ("count the Triton backend's launches; needs no GPU", "bench.launches"),
     "gpu": ("GPU tests, then the GPU table, in nine minutes; --dry-run predicts without a GPU", "bench.gpu"),
     "startup": ("seconds to B42's first compiled training step, caches cold and warm", "bench.startup"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import seqconv_triton as sct
 from bench import peers
 from bench.cases import Case
+from bench.subjects import channels_last
 from bench.timing import Mark, Run, unmarked
 
 MODES = {"compiled": "default", "max-autotune": "max-autotune"}
@@ -43,7 +44,7 @@ def build(label: str, case: Case, base: nn.Module, x: Tensor) -> Contender:
     """A contender with its own copy of `base` (a peer: with its own weights), not run yet."""
     who, how = label.split()
     module = peer_like(who, x) if who in peers.PEERS else copy.deepcopy(base)
-    module = module.to(x.device, memory_format=torch.channels_last).train(case.training)
+    module = channels_last(module.to(x.device)).train(case.training)
     dtype = DTYPES[case.dtype]
     if not case.training:
         module, x = module.to(dtype), x.to(dtype)

@@ -25,7 +25,7 @@ def case_lines(case: Case) -> Iterable[str]:
 def line(name: str, part: str, works: list[Work]) -> str:
     p = predicted(works, H200)
     times = "".join(f"{milliseconds(p[f'{what}_seconds']):>10} ms" for what in ("arithmetic", "bytes", "roofline"))
-    return f"{name:<58}{part:<22}{len(works):>9}{times}  not measured"
+    return f"{name:<76}{part:<22}{len(works):>9}{times}  not measured"
 
 
 def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
@@ -37,7 +37,7 @@ def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
         f"ceilings assumed: copy {H200.bytes_per_second / 1e12:g} TB/s, bfloat16 matrix product "
         f"{H200.operations_per_second / 1e12:g} TFLOP/s (an H200, measured once); stages only, no stem, no classifier"
     )
-    print(f"{'case':<58}{'part':<22}{'launches':>9}{'arithmetic':>13}{'bytes':>13}{'roofline':>13}  measured")
+    print(f"{'case':<76}{'part':<22}{'launches':>9}{'arithmetic':>13}{'bytes':>13}{'roofline':>13}  measured")
     seen: set[tuple[object, ...]] = set()
     for case in cases:
         key = (case.subject, case.training, case.batch, case.dtype)

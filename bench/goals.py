@@ -50,7 +50,7 @@ def evaluated(contents: dict[str, Any]) -> list[tuple[str, str, float | None, fl
     ratio(FIRST, "eval", 256, "resnet50 compiled", 1)
     ratio(FIRST, "eval", 256, "reference compiled", 4)
     ours = best(find, FIRST, "eval", 256)
-    rate = ours and 256 / ours["median"]
+    rate = 256 / ours["median"] if ours else None
     rows.append((f"{FIRST}, evaluation, batch 256, half the stages' roofline", "images/s", rate, 19500, True))
     ratio(FIRST, "step", 256, "resnet101 compiled", 1)
     ratio(FIRST, "step", 256, "reference compiled", 3)
@@ -59,14 +59,18 @@ def evaluated(contents: dict[str, Any]) -> list[tuple[str, str, float | None, fl
     memory = mine["peak_bytes"] / peer["peak_bytes"] if mine and peer else None
     rows.append((f"{FIRST}, training step, batch 256, peak memory over resnet50's", "", memory, 1, False))
     latency = find(FIRST, "eval", 1, "ours graph")
-    rows.append((f"{FIRST}, latency, batch 1, CUDA graph", "ms", latency and 1e3 * latency["median"], 1, False))
+    rows.append(
+        (f"{FIRST}, latency, batch 1, CUDA graph", "ms", 1e3 * latency["median"] if latency else None, 1, False)
+    )
     ratio(FIRST, "eval", 1, "resnet152 graph", 1)
     for subject in ("seqresnet_b22", "seqresnext_24"):
         for part in ("eval", "step"):
             ratio(subject, part, 256, "reference compiled", 3)
     for state, goal in (("cold", 30), ("warm", 5)):
         first = find(FIRST, "startup", 8, f"ours {state}")
-        rows.append((f"{FIRST}, first compiled step, {state} caches", "s", first and first["median"], goal, False))
+        rows.append(
+            (f"{FIRST}, first compiled step, {state} caches", "s", first["median"] if first else None, goal, False)
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench gpu` (`make gpu`): all GPU tests, then the GPU table, within nine minutes, the results always written.
+"""`python -m bench gpu` (`make gpu`): all GPU tests, then the GPU table, within nine minutes; results always written.
 
 The table runs in a process of its own, which a wrong kernel may kill and the clock may stop: every case that is through
 is in the file by then, and a new process goes on behind the one that failed. Meanwhile compilation, which needs cores
@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench.cases import MODELS, TABLES, Case
+from bench.peers import PEERS
 from bench.report import line
 from bench.results import FOLDER, Results, Row, provenance
 from bench.runner import POISONED, identity
@@ -56,7 +58,9 @@ def prepare(results: Results, deadline: float) -> None:
 
     for row in startup.measure(timeout=max(1.0, (deadline - time.monotonic()) / 2)):
         results.add(row)
-        print(line(row, None) if "failed" in row else f"start-up, {row['contender']}: {row['median']:.1f} s", flush=True)
+        print(
+            line(row, None) if "failed" in row else f"start-up, {row['contender']}: {row['median']:.1f} s", flush=True
+        )
     for name, process in warming.items():
         good, lines = finish(process, deadline)
         if not good:
@@ -74,26 +78,15 @@ def failures(lines: Sequence[str]) -> list[str]:
 
 
 def warm(name: str) -> None:
-    """Compile what the table needs of a model, of the peers or of the compiled reference into the caches on disk."""
+    """Compile into the caches on disk: a model's kernels, the peers, or the reference under torch.compile."""
     from bench import contenders, peers, subjects
     from bench.timing import unmarked
 
     device = torch.device("cuda")
-    torch.cuda.set_per_process_memory_fraction(0.5)  # the tests need their share
-    chosen = [case for case in TABLES["gpu"]() if case.subject in MODELS and case.dtype == "bfloat16"]
-    done: set[tuple[str, bool, int, str]] = set()
-    for case in chosen:
+    # The tests need their share of the memory. What fails for want of it is compiled by then.
+    torch.cuda.set_per_process_memory_fraction({"peers": 0.25, "reference": 0.4}.get(name, 0.1))
+    for case in warmed(name):
         for label in case.contenders:
-            who, how = label.split()
-            mine = (
-                case.subject == name and label in ("ours eager", "ours compiled")
-                or name == "peers" and who in peers.PEERS and how != "max-autotune"
-                or name == "reference" and label == "reference compiled"
-            )  # fmt: skip
-            key = (case.subject if who not in peers.PEERS else "", case.training, case.batch, label)
-            if not mine or key in done:
-                continue
-            done.add(key)
             try:
                 base, shape = subjects.make(case.subject, case.image)
                 x = subjects.random_input(shape, case.batch, device)
@@ -101,9 +94,23 @@ def warm(name: str) -> None:
             except peers.NotInstalled as reason:
                 print(reason)
             except torch.OutOfMemoryError:
-                print(f"{case.name}, {label}: compiled, but out of memory")
+                print(f"{case.name}, {label}: out of memory once compiled")
             torch._dynamo.reset()
             torch.cuda.empty_cache()
+
+
+def warmed(name: str) -> list[Case]:
+    """What the table will compile, each once. Triton's kernels do not depend on the batch."""
+    if name in MODELS:
+        return [Case(name, training, 16, ("ours eager",), dtype="bfloat16") for training in (False, True)]
+    found: dict[tuple[object, ...], Case] = {}
+    for case in TABLES["gpu"]():
+        for label in case.contenders:
+            who, how = label.split()
+            if how == "compiled" and (who in PEERS if name == "peers" else who == name):
+                key = (label, case.training, case.batch, "" if who in PEERS else case.subject)
+                found.setdefault(key, replace(case, contenders=(label,)))
+    return list(found.values())
 
 
 def table(output: Path, cases: Sequence[Case], deadline: float, command: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from bench.subjects import stage_of
 from seqconv_triton.backend.triton_parts import Geometry, tables
@@ -192,7 +193,7 @@ def transform_weights(o: Operands) -> Kernel:
         for j in range(len(o.plan.groups)):
             images, above = o.images(o.inner(j, dtype)), o.images(o.dy[j].to(dtype))
             shape = (o.plan.group_width, *o.transform.shape[1:])
-            found.append(torch.nn.grad.conv2d_weight(images, shape, above, padding=1, groups=o.plan.subgroups))
+            found.append(conv2d_weight(images, shape, above, padding=1, groups=o.plan.subgroups))
         return torch.cat(found)
 
     return Kernel(ours, plain)

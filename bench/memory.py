@@ -39,7 +39,7 @@ def peak(contender: Contender, device: torch.device) -> int:
         contender.run(unmarked)
     changes = [
         (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
     held = most = 0

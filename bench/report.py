@@ -53,7 +53,7 @@ def line(row: Row, base: Row | None) -> str:
         f"{share:>10}"
     )
     if "compile_seconds" in row:
-        text += f"  compiled in {row['compile_seconds']:.0f} s"
+        text += f"  compiled in {row['compile_seconds']:.0f} s, {row['caches']}"
     return text.rstrip()
 
 

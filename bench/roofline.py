@@ -85,7 +85,9 @@ def data_gradient(plan: Plan, g: dict[str, Any]) -> Work:
         weights = (last - first) * rows * g["GROUP_IN"] * area
         read = (1 + ((2 + g["FRESH_UP"] + g["PASSED"]) if g["FRESH"] else 0)) * rows * behind
     written = g["C"] * g["P"] * (1 + g["HAS_UPSTREAM"] + g["NORM"])
-    kind = ("1×1" if area == 1 else "3×3") if g["WINDOWS"] or g["STRIDE"] == 1 and g["C"] == plan.group_width else "tail"
+    kind = (
+        ("1×1" if area == 1 else "3×3") if g["WINDOWS"] or (g["STRIDE"] == 1 and g["C"] == plan.group_width) else "tail"
+    )
     return Work(f"data gradient {kind}", 2 * behind * weights, (read + weights + written) * size)
 
 

@@ -58,8 +58,10 @@ def prepare(case: Case, device: torch.device, make_contender: Build = build, col
                 synchronize(device)
             if contender.compiled:
                 row["compile_seconds"] = time.perf_counter() - start
+                row["caches"] = "cold" if cold and device.type == "cpu" else "warm"
             row["error"] = specifications[who].check(contender, case.dtype)
-            row["peak_bytes"] = memory.peak(contender, device)
+            if not label.endswith(" graph"):  # whose memory is a pool that no run changes
+                row["peak_bytes"] = memory.peak(contender, device)
             if case.training and not contender.compiled:
                 row["kept_bytes"] = memory.kept(contender)
             contender.results.clear()
@@ -70,6 +72,9 @@ def prepare(case: Case, device: torch.device, make_contender: Build = build, col
         except Exception as error:  # the other contenders' rows must not be lost
             lines = str(error).strip().splitlines() or [""]
             prepared.refused.append(row | {"failed": f"{type(error).__name__}: {lines[0]}"})
+            if device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
         else:
             prepared.right[label], prepared.facts[label] = contender, row
     return prepared
@@ -161,7 +166,7 @@ def run_cases(
     deadline: float | None = None,
     cold: bool = True,
 ) -> None:
-    """Every case in turn, its rows saved and shown as it ends; after the deadline (time.monotonic) none begins.
+    """Every case in turn, its rows saved and shown as it ends; none begins that the deadline (time.monotonic) ends.
 
     Cases whose rows are in the results already, by number, are left out. Raises Poisoned, its case's rows saved.
     """
@@ -171,7 +176,7 @@ def run_cases(
     for number, case in enumerate(cases):
         if number in through:
             continue
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and time.monotonic() + 60 * case.minutes > deadline:
             rows = [identity(case, label) | {"not_measured": "no time left"} for label in case.contenders]
         else:
             try:

@@ -62,7 +62,11 @@ def make(name: str, image: int) -> tuple[nn.Module, Shape]:
         shape = Shape(256, 14)
     else:
         raise ValueError(f"unknown subject {name!r}")
-    return randomise(module).to(memory_format=torch.channels_last), shape
+    return channels_last(randomise(module)), shape
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @torch.no_grad()
@@ -75,8 +79,10 @@ def randomise(module: nn.Module) -> nn.Module:
         if isinstance(part, PackedSeqConv):
             plan, part.dropout = part.plan, 0.0
             deviation = (2 / (9 * (plan.group_width // plan.subgroups if plan.bottleneck else plan.in_channels))) ** 0.5
-            part.transform_weight.normal_(0, deviation)
-            pieces = part.transform_weight.split(plan.group_width) if part.transform_weight.dim() > 1 else ()
+            weights = part.transform_weight
+            assert weights is not None
+            weights.normal_(0, deviation)
+            pieces = weights.split(plan.group_width) if weights.dim() > 1 else ()
             for group, weight in zip(plan.groups, pieces, strict=False):
                 if group.residual_start is not None:
                     weight.mul_(0.1)

@@ -114,12 +114,11 @@ def interleave(
 
 @contextmanager
 def cold_compilation() -> Iterator[None]:
-    """No compilation cache, on disk or in memory, helps inside."""
+    """No compilation cache on disk helps inside."""
     import warnings
 
     import torch._inductor.config
 
-    torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that caches are off
         yield
