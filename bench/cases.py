@@ -80,17 +80,17 @@ def cpu(full: bool = False) -> list[Case]:
     """
     b42, b22, next24 = FIRST, "seqresnet_b22", "seqresnext_24"
     cases = [
-        Case(b42, False, 8, ("reference eager", *OURS, *RESNETS)),
-        Case(b42, True, 4, ("reference eager", *OURS), 5),
+        Case(b42, False, 8, ("reference eager", *OURS, *RESNETS), minutes=1),
+        Case(b42, True, 4, ("reference eager", *OURS), 5, minutes=1.5),
         Case(b42, False, 1, ("reference eager", *OURS), 9),
-        *growth(4, rounds=5),
-        *layers(4, rounds=5),
-        *stages(b42, 8, False, rounds=5),
-        *stages(b42, 4, True, rounds=5),
+        Case(b22, False, 8, (*REFERENCE, *OURS), minutes=3.5),
+        *growth(4, rounds=5, minutes=0.1),
+        Case(f"{b22} stage 4", True, 4, (*REFERENCE, *OURS), 5, minutes=1.5),
+        *stages(b42, 8, False, rounds=5, minutes=0.2),
+        *layers(4, rounds=5, minutes=0.1),
         Case(next24, False, 8, PLAIN, 5),
         Case(b22, True, 4, PLAIN, 5),
-        Case(f"{b22} stage 4", True, 4, (*REFERENCE, *OURS), 5),
-        Case(b22, False, 8, (*REFERENCE, *OURS), minutes=3.5),
+        *stages(b42, 4, True, rounds=3, minutes=0.3),
     ]
     if full:
         cases += [

@@ -39,9 +39,10 @@ class Expected:
 
     def check(self, contender: Contender, dtype: str) -> float:
         """The largest relative RMS error of the contender's last run. Raises Wrong, which names result and error."""
-        if missing := self.exact.keys() - contender.results.keys():
+        found = contender.found()
+        if missing := self.exact.keys() - found.keys():
             raise Wrong(f"no {', '.join(sorted(missing))}")
-        errors = {name: relative_error(contender.results[name], value) for name, value in self.exact.items()}
+        errors = {name: relative_error(found[name], value) for name, value in self.exact.items()}
         for name, error in errors.items():
             allowed = 2 * self.own_error[name] + FLOOR[dtype]
             if not error <= allowed:
@@ -62,7 +63,8 @@ def expected(who: str, case: Case, base: nn.Module, x: Tensor) -> Expected:
         return Expected(exact, dict.fromkeys(exact, 0.0))
     plain = build(f"{who} eager", case, base, x)
     plain.run(unmarked)
-    return Expected(exact, {name: relative_error(plain.results[name], value) for name, value in exact.items()})
+    found = plain.found()
+    return Expected(exact, {name: relative_error(found[name], value) for name, value in exact.items()})
 
 
 def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -85,4 +87,4 @@ def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str,
 
         own.forward = through_aten
     contender.run(unmarked)
-    return {name: value.clone() for name, value in contender.results.items()}
+    return contender.found()

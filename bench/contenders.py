@@ -22,13 +22,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Contender:
-    """`run(mark)` runs once; `state` are tensors it keeps alive, `results` what its last run computed."""
+    """`run(mark)` runs once; `state` are tensors it keeps alive, `results` what its last run gave.
+
+    `gather` adds what only the check wants, and what a run should not be charged for.
+    """
 
     label: str
     run: Run
     state: Callable[[], list[Tensor]] = list
     results: dict[str, Tensor] = field(default_factory=dict)
     module: nn.Module | None = None
+    gather: Callable[[], dict[str, Tensor]] = dict
+
+    def found(self) -> dict[str, Tensor]:
+        """Everything that the last run computed, by name."""
+        return self.results | self.gather()
 
     @property
     def compiled(self) -> bool:
@@ -116,15 +124,16 @@ def training(
             optimizer.step()
         mark("step")
         results["output"] = output.detach()
-        results["gradients"] = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-        if not whole and x.grad is not None:
-            results["input gradient"] = x.grad
 
     def state() -> list[Tensor]:
         grown = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
         return [*tensors(module), x, *grown, *above]
 
-    return Contender(label, run, state, results, module)
+    def gather() -> dict[str, Tensor]:
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        return {"gradients": torch.cat(gradients)} | ({} if x.grad is None else {"input gradient": x.grad})
+
+    return Contender(label, run, state, results, module, gather)
 
 
 def tensors(module: nn.Module) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import seqconv_triton as sct
-from bench import check, contenders, gpu, memory, peers, results, runner, subjects, timing
+from bench import check, contenders, memory, peers, runner, subjects, timing
 from bench.__main__ import main
 from bench.cases import BLOCKS, GROUPS, KERNELS, LAYERS, MODELS, TABLES, Case
 from bench.contenders import Contender
@@ -32,14 +31,14 @@ def spoiled(name: str, change: Callable[[Tensor], Tensor]) -> runner.Build:
 
     def build(label: str, case: Case, base: nn.Module, x: Tensor) -> Contender:
         contender = contenders.build(label, case, base, x)
-        honest = contender.run
+        gather = contender.gather
 
-        def run(mark: Mark) -> None:
-            honest(mark)
-            contender.results[name] = change(contender.results[name])
+        def changed() -> dict[str, Tensor]:
+            found = contender.results | gather()
+            return found | {name: change(found[name])}
 
         if label.startswith("ours"):
-            contender.run = run
+            contender.gather = changed
         return contender
 
     return build
@@ -226,63 +225,6 @@ def test_compare_prints_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["compare", str(first), str(second)]) == 0
     out = capsys.readouterr().out
     assert "4.00" in out and "torch: 1 | 2" in out and "1 rows in both; 0 only in A, 1 only in B" in out
-
-
-def test_a_run_goes_on_where_it_ended_and_stops_in_time(tmp_path: Path) -> None:
-    path = rows_file(tmp_path / "a.json")
-    again = results.Results.reopen(path)
-    shown: list[str] = []
-    runner.run_cases(
-        [SMALL, SMALL, TRAINED], CPU, again, lambda case, rows: shown.append(case.name), time.monotonic() - 1
-    )
-    rows = results.load(path)["rows"]
-    assert [row["case"] for row in rows] == [0, 1, 1, 2, 2]
-    assert all(row["not_measured"] == "no time left" for row in rows[1:]) and len(shown) == 2
-    assert list(tmp_path.iterdir()) == [path]
-
-
-CHILD = """
-import json, sys, time
-path = sys.argv[sys.argv.index("--output") + 1]
-contents = json.load(open(path))
-done = {row["case"] for row in contents["rows"]}
-for case in (i for i in range(9) if i not in done):
-    row = {"subject": "x", "part": "eval", "batch": 1, "dtype": "float32", "contender": "ours eager", "case": case}
-    if case == 1:
-        sys.exit(7)
-    if case == 4:
-        time.sleep(60)
-    contents["rows"].append(row | ({"failed": "CUDA error: lost"} if case == 2 else {"median": 1.0}))
-    json.dump(contents, open(path, "w"))
-    if case == 2:
-        sys.exit(3)
-"""
-
-
-def test_a_dying_or_hanging_gpu_process_loses_no_row(tmp_path: Path) -> None:
-    """It dies in case 1, loses the GPU in case 2 and hangs in case 4."""
-    path = tmp_path / "gpu.json"
-    results.Results(path, {"provenance": {}})
-    cases = [SMALL] * 6
-    gpu.table(path, cases, time.monotonic() + 3, [sys.executable, "-c", CHILD])
-    rows = results.load(path)["rows"]
-    assert {row["case"] for row in rows} == set(range(6))
-    reasons = {i: [row.get("failed") or row.get("not_measured") for row in rows if row["case"] == i] for i in range(6)}
-    assert reasons[0] == [None] and reasons[3] == [None]
-    assert reasons[1] == ["the process ended with 7"] * 2
-    assert reasons[2] == ["CUDA error: lost"]
-    assert reasons[4] == reasons[5] == ["no time left"] * 2
-
-
-def test_a_lost_gpu_ends_the_process_with_its_rows_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> list[results.Row]:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(runner, "run_case", broken)
-    file = results.Results(tmp_path / "a.json", {"provenance": {}})
-    with pytest.raises(runner.Poisoned, match="layer basic"):
-        runner.run_cases([SMALL, SMALL], CPU, file, lambda case, rows: None)
-    assert [row["case"] for row in results.load(tmp_path / "a.json")["rows"]] == [0, 0]
 
 
 def test_unknown_subjects_and_stages() -> None:
