@@ -93,7 +93,7 @@ def cpu() -> str:
         )
     if "seconds" in contents:
         text += f" The whole run took {contents['seconds'] / 60:.1f} minutes."
-    return f"{text}\n\n{ratio_table(contents)}\n{losses(contents)}\n{missing(contents)}"
+    return f"{text}\n\n{goals_table(contents)}\n{ratio_table(contents)}\n{losses(contents)}\n{missing(contents)}"
 
 
 def gpu() -> str:

@@ -1,4 +1,4 @@
-"""The project's speed goals on an H200 beside what a results file holds; what it does not hold is "not measured"."""
+"""The project's speed goals, on an H200 and on two CPU threads, beside what a results file holds; what it does not hold is "not measured"."""
 
 from __future__ import annotations
 
@@ -26,21 +26,42 @@ def finder(contents: dict[str, Any]) -> Find:
     return find
 
 
-def best(find: Find, subject: str, part: str, batch: int) -> Row | None:
+def best(find: Find, subject: str, part: str, batch: int, dtype: str = "bfloat16") -> Row | None:
     """Our fastest form."""
-    rows = [find(subject, part, batch, f"ours {how}") for how in ("eager", "compiled", "graph", "max-autotune")]
+    rows = [find(subject, part, batch, f"ours {how}", dtype) for how in ("eager", "compiled", "graph", "max-autotune")]
     return min((row for row in rows if row is not None), key=lambda row: row["median"], default=None)
 
 
-def times_as_fast(find: Find, subject: str, part: str, batch: int, other: str) -> float | None:
-    ours, theirs = best(find, subject, part, batch), find(subject, part, batch, other)
+def times_as_fast(find: Find, subject: str, part: str, batch: int, other: str, dtype: str = "bfloat16") -> float | None:
+    ours, theirs = best(find, subject, part, batch, dtype), find(subject, part, batch, other, dtype)
     return None if ours is None or theirs is None else float(theirs["median"] / ours["median"])
 
 
-def evaluated(contents: dict[str, Any]) -> list[tuple[str, str, float | None, float, bool]]:
-    """(what, unit, value, goal, whether more is better)."""
+Goal = tuple[str, str, float | None, float, bool]
+
+
+def evaluated(contents: dict[str, Any]) -> list[Goal]:
+    """(what, unit, value, goal, whether more is better), for the kind of machine that the results are from."""
+    return on_gpu(contents) if "gpu" in contents["provenance"] else on_cpu(contents)
+
+
+def on_cpu(contents: dict[str, Any]) -> list[Goal]:
+    """Two threads, float32; by the medians, ours in its fastest form."""
     find = finder(contents)
-    rows: list[tuple[str, str, float | None, float, bool]] = []
+    rows: list[Goal] = []
+    for subject in (FIRST, "seqresnet_b22"):
+        for part, batch, goal in (("eval", 8, 1.6), ("step", 4, 1.3)):
+            name = {"eval": "evaluation", "step": "training step"}[part]
+            for other, wanted in (("reference eager", goal), ("reference compiled", 1.0)):
+                value = times_as_fast(find, subject, part, batch, other, "float32")
+                rows.append((f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True))
+    return rows
+
+
+def on_gpu(contents: dict[str, Any]) -> list[Goal]:
+    """An H200, bfloat16, channels_last, 224²."""
+    find = finder(contents)
+    rows: list[Goal] = []
 
     def ratio(subject: str, part: str, batch: int, other: str, goal: float) -> None:
         name = {"eval": "evaluation", "step": "training step"}[part]

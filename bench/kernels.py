@@ -55,7 +55,7 @@ class Operands:
         shape = plan.tail_weight_shape
         self.tail = None if shape is None else (normal(*shape) / (shape[1] * shape[2] ** 2) ** 0.5).to(dtype)
         self.geometry = Geometry(plan, torch.empty(batch, 1, size, size, device=device))
-        self.tables = tables(plan.encode(), device)
+        self.tables = getattr(self.geometry, "tables", None) or tables(plan.encode(), device)
         self.taps_first = self.transform.permute(0, 2, 3, 1).contiguous()
 
     def window(self, j: int, dtype: torch.dtype) -> Tensor:

@@ -62,8 +62,9 @@ def convolution(plan: Plan, g: dict[str, Any]) -> Work:
     size = g["y_ptr"].element_size()
     images = g["P"] // (g["OUT_H"] * g["OUT_W"])
     area, pixels = g["KERNEL"] ** 2, images * g["H"] * g["W"]
-    weights = g["C_OUT"] * g["GROUP_IN"] * area
-    channels = min(g["READ"], g["GROUP_IN"] * (g["C_OUT"] // g["GROUP_OUT"]))
+    weights = g["weight_ptr"].numel()
+    channels = weights // (area * g["GROUP_OUT"])  # of all conv groups
+    channels = min(g["READ"] or channels, channels)
     elements = pixels * channels + weights + g["P"] * g["C_OUT"] * (2 if g["HAS_SHORTCUT"] else 1)
     kind = "tail" if g["STRIDE"] > 1 or g["C_OUT"] != plan.group_width else "1×1" if area == 1 else "3×3"
     return Work(f"convolution {kind}", 2 * g["P"] * weights, elements * size)

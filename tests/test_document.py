@@ -55,8 +55,9 @@ def contents(*rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_goals_without_a_measurement() -> None:
-    lines = goals.goals(contents()).splitlines()[1:]
-    assert len(lines) == 14 and all(line.endswith("not measured") for line in lines)
+    for source, count in (({"gpu": "a GPU"}, 14), ({}, 8)):
+        lines = goals.goals(contents() | {"provenance": source}).splitlines()[1:]
+        assert len(lines) == count and all(line.endswith("not measured") for line in lines)
 
 
 def test_goals_reached_and_missed() -> None:
@@ -78,6 +79,20 @@ def test_goals_reached_and_missed() -> None:
     assert found[name + "reference compiled"] == ["≥", "4", "×", "3.00", "×", "missed"]
     assert found[f"{b42}, latency, batch 1, CUDA graph"][-3:] == ["1.50", "ms", "missed"]
     assert found[f"{b42}, training step, batch 256, peak memory over resnet50's"][-2:] == ["0.90", "reached"]
+
+
+def test_goals_of_a_cpu() -> None:
+    rows = [
+        row("seqresnet_b42", "step", 4, f"{who} eager", seconds) | {"dtype": "float32"}
+        for who, seconds in (("ours", 1.0), ("reference", 1.5))
+    ]
+    text = goals.goals(contents(*rows) | {"provenance": {}})
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith("seqresnet_b42, training step, batch 4, against reference eager")
+    ]
+    assert line.split()[-6:] == ["≥", "1.3", "×", "1.50", "×", "reached"]
 
 
 def test_losses_are_listed() -> None:
