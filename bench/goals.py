@@ -1,4 +1,4 @@
-"""The project's speed goals, on an H200 and on two CPU threads, beside what a results file holds; what it does not hold is "not measured"."""
+"""The project's speed goals, on an H200 and on two CPU threads, and what a results file says of each."""
 
 from __future__ import annotations
 
