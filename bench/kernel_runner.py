@@ -35,7 +35,7 @@ def prepare_kernel(case: Case, device: torch.device) -> Prepared:
         row = identity(case, label)
         try:
             contender.run(unmarked)
-            row["error"] = expected.check(contender, case.dtype)
+            row["error"] = expected.check(contender.found(), case.dtype)
         except Wrong as reason:
             prepared.refused.append(row | {"wrong": str(reason)})
         except Exception as error:

@@ -16,7 +16,7 @@ from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.contenders import Contender, build
 from bench.results import Results, Row
-from bench.timing import Timing, cold_compilation, interleave, unmarked
+from bench.timing import Timing, cold_compilation, interleave
 
 POISONED = 3  # exit status after an error that no later launch of this process can survive
 FATAL = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
@@ -52,19 +52,20 @@ def prepare(case: Case, device: torch.device, make_contender: Build = build, col
             start = time.perf_counter()
             if contender.compiled and cold and device.type == "cpu":
                 with cold_compilation():
-                    contender.run(unmarked)
+                    found = check.results_of(contender, case)
             else:
-                contender.run(unmarked)
+                found = check.results_of(contender, case)
                 synchronize(device)
             if contender.compiled:
                 row["compile_seconds"] = time.perf_counter() - start
                 row["caches"] = "cold" if cold and device.type == "cpu" else "warm"
-            row["error"] = specifications[who].check(contender, case.dtype)
+            row["error"] = specifications[who].check(found, case.dtype)
             if not label.endswith(" graph"):  # whose memory is a pool that no run changes
                 row["peak_bytes"] = memory.peak(contender, device)
             if case.training and not contender.compiled:
                 row["kept_bytes"] = memory.kept(contender)
             contender.results.clear()
+            del found
         except peers.NotInstalled as reason:
             prepared.refused.append(row | {"not_measured": str(reason)})
         except check.Wrong as reason:

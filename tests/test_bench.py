@@ -65,9 +65,42 @@ def test_a_wrong_result_prints_no_time(case: Case, name: str, change: Callable[[
 
 def test_a_missing_result_is_wrong() -> None:
     with pytest.raises(check.Wrong, match="no gradients"):
-        check.Expected({"gradients": torch.ones(1)}, {"gradients": 0.0}).check(
-            Contender("ours eager", print), "float32"
-        )
+        check.Expected({"gradients": torch.ones(1)}, {"gradients": 0.0}).check({}, "float32")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_half_precision_is_checked_sharply(training: bool) -> None:
+    """Plain bfloat16 is off by a percent at most, gradients of a deep network included: so may others be, no more."""
+    case = Case("depth 2", training, 2, ("ours eager",), dtype="bfloat16")
+    base, shape = subjects.make(case.subject, case.image)
+    x = subjects.random_input(shape, 2, CPU)
+    expected = check.expected("reference", case, base, x)
+    assert all(error < 0.02 for error in expected.own_error.values())
+    contender = contenders.build("ours eager", case, base, x)
+    before = [p.clone() for p in base.parameters()]
+    found = check.results_of(contender, case)
+    assert expected.check(found, "bfloat16") < 0.02
+    with pytest.raises(check.Wrong):
+        expected.check(found | {"output": found["output"] * 1.1}, "bfloat16")
+    assert contender.module is not None  # its biases are as they were
+    for got, own in zip(contender.module.parameters(), before, strict=True):
+        torch.testing.assert_close(got.detach().float(), own, atol=0.02, rtol=0.02)
+
+
+def test_the_check_never_goes_blind() -> None:
+    noisy = check.Expected({"gradients": torch.ones(4)}, {"gradients": 3.0})
+    with pytest.raises(check.Wrong, match=r"allowed: 5\.0e-01"):
+        noisy.check({"gradients": torch.zeros(4)}, "bfloat16")
+
+
+def test_large_training_batches_have_the_aten_backend_as_specification() -> None:
+    case = Case("layer basic", True, 65, ())
+    base, shape = subjects.make(case.subject, case.image)
+    x = subjects.random_input(shape, 65, CPU)
+    contender = contenders.build("reference eager", case, base, x)
+    plain, exact = check.results_of(contender, case), check.exact_results("reference", case, base, x)
+    assert plain.keys() == exact.keys()
+    assert all(check.relative_error(exact[name], value) < 1e-5 for name, value in plain.items())
 
 
 def test_one_failure_leaves_the_others_their_rows() -> None:
