@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +17,10 @@ from pathlib import Path
 
 import torch
 
+from bench import startup
 from bench.cases import MODELS, TABLES, Case
 from bench.peers import PEERS
+from bench.processes import python, spawn
 from bench.report import line
 from bench.results import FOLDER, Results, Row, provenance
 from bench.runner import POISONED, identity
@@ -28,49 +29,34 @@ PREPARATION = 0.4  # of the time: tests, and compilation beside them
 RESTARTS = 5
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str], deadline: float) -> tuple[bool, list[str]]:
-    """Whether it succeeded in time, and what it printed."""
-    try:
-        text, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        text = process.communicate()[0] + "\nstopped: no time left"
-    return process.returncode == 0, text.splitlines()
-
-
 def prepare(results: Results, deadline: float) -> None:
     """The GPU tests, and beside them what the table would compile; start-up times, too, come from processes."""
-    if importlib.util.find_spec("pytest") is None:
-        results.note("GPU tests: not run, pytest is not installed")
-        tests = None
-    else:
-        workers = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-        tests = start(
-            "pytest", "tests/test_gpu.py", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider", *workers
-        )  # fmt: skip
-    warming = {name: start("bench", "gpu", "--warm", name) for name in (*MODELS, "peers", "reference")}
-    from bench import startup
-
-    for row in startup.measure(timeout=max(1.0, (deadline - time.monotonic()) / 2)):
-        results.add(row)
-        print(
-            line(row, None) if "failed" in row else f"start-up, {row['contender']}: {row['median']:.1f} s", flush=True
-        )
-    for name, process in warming.items():
-        good, lines = finish(process, deadline)
-        if not good:
-            results.note(f"compiling ahead, {name}: {lines[-1] if lines else 'failed'}")
-            print(f"compiling ahead, {name}:", *lines[-5:], sep="\n  ", flush=True)
-    if tests is None:
-        return
-    passed, lines = finish(tests, deadline)
-    print(*lines[-3 if passed else -60 :], sep="\n", flush=True)
-    results.set(tests={"passed": passed, "summary": lines[-1] if lines else "", "failures": failures(lines)})
+    workers = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", *workers)
+    running = {"tests": spawn(python("pytest", "tests/test_gpu.py", "tests", *options))}
+    running |= {name: spawn(python("bench", "gpu", "--warm", name)) for name in (*MODELS, "peers", "reference")}
+    try:
+        for row in startup.measure(timeout=max(1.0, (deadline - time.monotonic()) / 2)):
+            results.add(row)
+            text = f"failed: {row['failed']}" if "failed" in row else f"{row['median']:.1f} s"
+            print(f"start-up, {row['contender']}: {text}", flush=True)
+        tests = running["tests"]
+        for name, process in running.items():
+            if process is tests:
+                continue
+            status = process.end_by(deadline)
+            if status != 0:
+                why = ["stopped, no time left" if status is None else f"ended with {status}", *process.lines()[-3:]]
+                results.note(f"compiling ahead, {name}: {'; '.join(why)}")
+                print(f"compiling ahead, {name}:", *why, sep="\n  ", flush=True)
+        status = tests.end_by(deadline)
+        lines = tests.lines()
+        summary = (lines or [""])[-1] if status is not None else "stopped, no time left"
+        print(*lines[-3 if status == 0 else -60 :], f"GPU tests: {summary}", sep="\n", flush=True)
+        results.set(tests={"passed": status == 0, "summary": summary, "failures": failures(lines)})
+    finally:
+        for process in running.values():
+            process.kill()
 
 
 def failures(lines: Sequence[str]) -> list[str]:
@@ -116,12 +102,9 @@ def warmed(name: str) -> list[Case]:
 def table(output: Path, cases: Sequence[Case], deadline: float, command: Sequence[str]) -> None:
     """Run the cases in child processes until all are through or the time is; what is missing gets rows that say so."""
     for _ in range(RESTARTS + 1):
-        process = subprocess.Popen([*command, "--output", str(output), "--append", "--no-plots"])
-        try:
-            code = process.wait(timeout=max(1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        child = spawn([*command, "--output", str(output), "--append", "--no-plots"], quiet=False)
+        code = child.end_by(deadline)
+        if code is None:
             break
         left = [i for i in range(len(cases)) if i not in done(output)]
         if not left:
@@ -170,7 +153,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         prepare(results, begin + PREPARATION * total)
     except Exception as error:
         results.note(f"preparation: {type(error).__name__}: {error}")
-    command = [sys.executable, "-m", "bench", "run", "--cases", "gpu", "--warm", "--only", arguments.only]
+    command = [*python("bench", "run"), "--cases", "gpu", "--warm", "--only", arguments.only]
     table(arguments.output, cases, begin + total - 15, command)
     return conclude(arguments.output)
 

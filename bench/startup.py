@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 
 import torch
 
 from bench.cases import FIRST, Case
+from bench.processes import python
 from bench.results import Row
 
 
@@ -42,8 +42,8 @@ def measure(model: str = FIRST, batch: int = 8, image: int = 224, timeout: float
                 "subject": model, "part": "startup", "batch": batch, "image": image, "contender": f"ours {state}",
                 "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
             }  # fmt: skip
-            command = [sys.executable, "-m", "bench", "startup", "--child", "--model", model]
-            command += ["--batch", str(batch), "--image", str(image)]
+            command = python("bench", "startup", "--child", "--model", model, "--batch", str(batch))
+            command += ["--image", str(image)]
             try:
                 done = subprocess.run(
                     command, env=os.environ | caches, capture_output=True, text=True, timeout=timeout, check=False

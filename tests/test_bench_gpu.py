@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, results, runner
+from bench import gpu, processes, results, runner
 from bench.__main__ import main
 from bench.cases import MODELS, TABLES, Case
 
@@ -76,6 +77,28 @@ def test_a_lost_gpu_ends_the_process_with_its_rows_saved(tmp_path: Path, monkeyp
     with pytest.raises(runner.Poisoned, match="layer basic"):
         runner.run_cases([SMALL, SMALL], CPU, file, lambda case, rows: None)
     assert [row["case"] for row in results.load(tmp_path / "a.json")["rows"]] == [0, 0]
+
+
+GRANDCHILD = """
+import subprocess, sys, time
+print("begun", flush=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+time.sleep(float(sys.argv[1]))
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status", "said"), [("0", 0, ["begun", "ended"]), ("60", None, ["begun"])])
+def test_nothing_outlives_the_deadline(seconds: str, status: int | None, said: list[str]) -> None:
+    """Neither the process nor what it has started, which holds its output open."""
+    begun = time.monotonic()
+    background = processes.spawn([sys.executable, "-c", GRANDCHILD, seconds])
+    assert background.end_by(begun + 2) == status
+    assert background.lines() == said
+    assert time.monotonic() - begun < 10
+    time.sleep(0.2)  # the system may take a moment
+    with pytest.raises(ProcessLookupError):
+        os.killpg(background.process.pid, 0)
 
 
 def test_what_is_compiled_ahead_is_in_the_table() -> None:
