@@ -16,7 +16,7 @@ endif
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  ARGS="..."     passed on to demo, test or bench:  make test ARGS="-k plan -x"'
+	@echo '  ARGS="..."     passed on to demo, test, bench or gpu:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
 demo: $(READY) ## Train a small network on handwritten digits, with pictures in out/
@@ -34,12 +34,13 @@ lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff check .
 	$(VENV) -m mypy
 
-bench: $(READY) ## Measure speed and memory
-	$(VENV) -m bench $(ARGS)
+bench: $(READY) ## Measure speed and memory in ten minutes: table, plots, bench/results/, the tables of README
+	$(VENV) -m bench run --minutes 9.5 $(ARGS)
+	$(VENV) -m bench document
 
 # With the interpreter that has the GPU's torch, not the CPU one of .venv.
 gpu: ## Run all GPU tests, then time the models: nine minutes at most, results in bench/results/
-	$(PYTHON) -m bench --gpu --output bench/results/gpu-$(shell date +%Y-%m-%d).json
+	$(PYTHON) -m bench gpu $(ARGS); status=$$?; $(PYTHON) -m bench document && exit $$status
 
 format: $(READY) ## Format the code and apply the safe fixes
 	$(VENV) -m ruff check --fix .

@@ -1,174 +1,177 @@
-"""First figures on a GPU: evaluation and training step of the ImageNet networks against the concatenating reference.
+"""`python -m bench gpu` (`make gpu`): all GPU tests, then the GPU table, within nine minutes; results always written.
 
-`make gpu` runs it: the GPU tests first, beside the compilation of all kernels, then the table. The compiled reference
-comes last and only while there is time: compiling it takes minutes. Figures are medians of CUDA-event timings, on
-random images, after the outputs were compared.
+The table runs in a process of its own, which a wrong kernel may kill and the clock may stop: every case that is through
+is in the file by then, and a new process goes on behind the one that failed. Meanwhile compilation, which needs cores
+and not the GPU, happens beside the tests. `--dry-run` needs no GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-import seqconv_triton as sct
-from bench.cpu import random_model
+from bench import startup
+from bench.cases import MODELS, TABLES, Case
+from bench.peers import PEERS
+from bench.processes import python, spawn
+from bench.report import line
+from bench.results import FOLDER, Results, Row, provenance
+from bench.runner import POISONED, identity
 
-MODELS = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
-# Milliseconds that the four stages' convs of B42 need at batch 256: the sum over launches of max(bytes, arithmetic).
-B42_ROOFLINE_MS = 6.5
-
-
-def measure(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median milliseconds of a call."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+PREPARATION = 0.4  # of the time: tests, and compilation beside them
+RESTARTS = 5
 
 
-def evaluation(model: nn.Module, x: Tensor, graph: bool) -> Callable[[], object]:
-    def run() -> Tensor:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            return model(x)
-
-    if not graph:
-        return run
-    run()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        run()
-    return captured.replay
-
-
-def training(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, foreach=True)
-    target = torch.arange(len(x), device=x.device) % 1000
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(x), target)
-        loss.backward()
-        optimizer.step()
-
-    return run
-
-
-def table(batch: int, deadline: float) -> list[dict[str, Any]]:
-    """One row a model, mode and contender; rows after the deadline are left out and said to be."""
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, mode: str, contender: str, milliseconds: float) -> None:
-        rows.append({"model": name, "mode": mode, "contender": contender, "batch": batch, "ms": milliseconds})
-        print(f"{name:<15}{mode:<15}{contender:<20}{milliseconds:>9.2f} ms{batch / milliseconds * 1e3:>9.0f} images/s")
-
-    x = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
-    for compiled in (False, True):
-        for name in MODELS if not compiled else MODELS[:1]:
-            model = random_model(name).cuda()
-            check(model, x[:8])
-            for mode in ("eval", "training step"):
-                for backend in ("triton", "reference"):
-                    contender = backend + (" compiled" if compiled else "")
-                    if time.monotonic() > deadline:
-                        print(f"{name:<15}{mode:<15}{contender:<20} left out: no time")
-                        continue
-                    torch._dynamo.reset()
-                    model.train(mode != "eval")
-                    called = torch.compile(model) if compiled else model
-                    with sct.use_backend(backend):
-                        if mode == "eval":
-                            add(name, mode, contender, measure(evaluation(called, x, graph=False)))
-                            if backend == "triton" and not compiled:
-                                add(name, mode, "triton graph", measure(evaluation(called, x, graph=True)))
-                        else:
-                            torch.cuda.reset_peak_memory_stats()
-                            add(name, mode, contender, measure(training(called, x), 5))
-                            rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return rows
+def prepare(results: Results, deadline: float) -> None:
+    """The GPU tests, and beside them what the table would compile; start-up times, too, come from processes."""
+    workers = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", *workers)
+    running = {"tests": spawn(python("pytest", "tests/test_gpu.py", "tests", *options))}
+    running |= {name: spawn(python("bench", "gpu", "--warm", name)) for name in (*MODELS, "peers", "reference")}
+    try:
+        for row in startup.measure(timeout=max(1.0, (deadline - time.monotonic()) / 2)):
+            results.add(row)
+            text = f"failed: {row['failed']}" if "failed" in row else f"{row['median']:.1f} s"
+            print(f"start-up, {row['contender']}: {text}", flush=True)
+        tests = running["tests"]
+        for name, process in running.items():
+            if process is tests:
+                continue
+            status = process.end_by(deadline)
+            if status != 0:
+                why = ["stopped, no time left" if status is None else f"ended with {status}", *process.lines()[-3:]]
+                results.note(f"compiling ahead, {name}: {'; '.join(why)}")
+                print(f"compiling ahead, {name}:", *why, sep="\n  ", flush=True)
+        status = tests.end_by(deadline)
+        lines = tests.lines()
+        summary = (lines or [""])[-1] if status is not None else "stopped, no time left"
+        print(*lines[-3 if status == 0 else -60 :], f"GPU tests: {summary}", sep="\n", flush=True)
+        results.set(tests={"passed": status == 0, "summary": summary, "failures": failures(lines)})
+    finally:
+        for process in running.values():
+            process.kill()
 
 
-def check(model: nn.Module, x: Tensor) -> None:
-    """A wrong result prints no time."""
-    outputs = []
-    for backend in ("reference", "triton"):
-        with sct.use_backend(backend):
-            outputs.append(evaluation(model.eval(), x, graph=False)())
-    expected, got = (output.double() for output in outputs)
-    error = ((got - expected).norm() / expected.norm()).item()
-    if not error < 0.05:
-        raise RuntimeError(f"the triton backend is off by {error:.1e}: nothing was timed")
+def failures(lines: Sequence[str]) -> list[str]:
+    return [text for text in lines if text.startswith(("FAILED", "ERROR"))]
 
 
 def warm(name: str) -> None:
-    """Compile what the table needs of one model into Triton's cache: batch sizes share kernels."""
-    x = torch.randn(16, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
-    model = random_model(name).cuda()
-    training(model.train(), x)()
-    evaluation(model.eval(), x, graph=False)()
+    """Compile into the caches on disk: a model's kernels, the peers, or the reference under torch.compile."""
+    from bench import contenders, peers, subjects
+    from bench.timing import unmarked
+
+    device = torch.device("cuda")
+    # The tests need their share of the memory. What fails for want of it is compiled by then.
+    torch.cuda.set_per_process_memory_fraction({"peers": 0.25, "reference": 0.4}.get(name, 0.1))
+    for case in warmed(name):
+        for label in case.contenders:
+            try:
+                base, shape = subjects.make(case.subject, case.image)
+                x = subjects.random_input(shape, case.batch, device)
+                contenders.build(label, case, base, x).run(unmarked)
+            except peers.NotInstalled as reason:
+                print(reason)
+            except torch.OutOfMemoryError:
+                print(f"{case.name}, {label}: out of memory once compiled")
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def warmed(name: str) -> list[Case]:
+    """What the table will compile, each once. Triton's kernels do not depend on the batch."""
+    if name in MODELS:
+        return [Case(name, training, 16, ("ours eager",), dtype="bfloat16") for training in (False, True)]
+    found: dict[tuple[object, ...], Case] = {}
+    for case in TABLES["gpu"]():
+        for label in case.contenders:
+            who, how = label.split()
+            if how == "compiled" and (who in PEERS if name == "peers" else who == name):
+                key = (label, case.training, case.batch, "" if who in PEERS else case.subject)
+                found.setdefault(key, replace(case, contenders=(label,)))
+    return list(found.values())
 
 
-def finish(process: subprocess.Popen[str], deadline: float) -> tuple[bool, list[str]]:
-    """Whether it succeeded in time, and what it printed."""
+def table(output: Path, cases: Sequence[Case], deadline: float, command: Sequence[str]) -> None:
+    """Run the cases in child processes until all are through or the time is; what is missing gets rows that say so."""
+    for _ in range(RESTARTS + 1):
+        child = spawn([*command, "--output", str(output), "--append", "--no-plots"], quiet=False)
+        code = child.end_by(deadline)
+        if code is None:
+            break
+        left = [i for i in range(len(cases)) if i not in done(output)]
+        if not left:
+            break
+        if code != POISONED:  # it died in the case that it was at
+            fill(output, cases, left[:1], {"failed": f"the process ended with {code}"})
+    left = [i for i in range(len(cases)) if i not in done(output)]
+    fill(output, cases, left, {"not_measured": "no time left"})
+
+
+def done(output: Path) -> set[int]:
+    return {row["case"] for row in Results.reopen(output).contents["rows"] if "case" in row}
+
+
+def fill(output: Path, cases: Sequence[Case], which: Sequence[int], reason: Row) -> None:
+    results = Results.reopen(output)
+    for i in which:
+        for label in cases[i].contenders:
+            results.add(identity(cases[i], label) | reason | {"case": i})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=8.7, help="of all together (default: 8.7)")
+    parser.add_argument("--output", type=Path, default=FOLDER / "gpu.json", help="results file")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU: launches and rooflines of every GPU case")
+    parser.add_argument("--compile", metavar="ARCH", help="dry run: also compile every kernel for sm_90, gfx942, …")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--warm", metavar="NAME", help=argparse.SUPPRESS)
+
+
+def run_from_arguments(arguments: argparse.Namespace) -> int:
+    cases = [case for case in TABLES["gpu"]() if arguments.only in case.name]
+    if arguments.dry_run or arguments.compile:
+        from bench.dry import dry_run
+
+        return dry_run(cases, arguments.compile)
+    if not torch.cuda.is_available():
+        print("python -m bench gpu needs a GPU, and torch sees none; --dry-run needs none", file=sys.stderr)
+        return 2
+    if arguments.warm:
+        warm(arguments.warm)
+        return 0
+    begin, total = time.monotonic(), 60 * arguments.minutes
+    results = Results(arguments.output, {"provenance": provenance(torch.device("cuda"))})
     try:
-        text, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        text = process.communicate()[0] + "\nstopped: no time left"
-    return process.returncode == 0, text.splitlines()
+        prepare(results, begin + PREPARATION * total)
+    except Exception as error:
+        results.note(f"preparation: {type(error).__name__}: {error}")
+    command = [*python("bench", "run"), "--cases", "gpu", "--warm", "--only", arguments.only]
+    table(arguments.output, cases, begin + total - 15, command)
+    return conclude(arguments.output)
 
 
-def prepare(seconds: float) -> dict[str, Any]:
-    """Run the GPU tests and compile the models' kernels, side by side: compiling needs cores, not the GPU."""
-    began = time.monotonic()
-    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    tests = start("pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", *workers)
-    for name, process in [(name, start("bench", "--gpu-warm", name)) for name in MODELS]:
-        good, lines = finish(process, began + seconds)
-        if not good:
-            print(f"{name} did not compile and run:", *lines[-15:], sep="\n")
-    passed, lines = finish(tests, began + seconds)
-    print(*lines[-3 if passed else -60 :], sep="\n")
-    taken = time.monotonic() - began
-    print(f"tests and compilation took {taken:.0f} s")
-    return {"passed": passed, "summary": lines[-1] if lines else "", "seconds": taken}
+def conclude(output: Path) -> int:
+    """Goals and plots; 1 if a test failed or a result was wrong."""
+    from bench.goals import goals
 
+    results = Results.reopen(output)
+    print("\n" + goals(results.contents))
+    print(f"written: {output}")
+    try:
+        from bench.plots import draw
 
-def main() -> dict[str, Any]:
-    """Tests, then the table, within nine minutes; return what belongs into the JSON."""
-    import triton
-
-    end = time.monotonic() + 520
-    tests = prepare(270)
-
-    device = torch.cuda.get_device_properties(0)
-    print(f"{device.name}, torch {torch.__version__}, triton {triton.__version__}; bfloat16 autocast, 224², batch 256")
-    rows = table(256, end - 60)
-    print(f"B42's four stages at batch 256 could take {B42_ROOFLINE_MS} ms (H200, sum of launch rooflines)")
-    return {
-        "gpu": device.name,
-        "memory": device.total_memory,
-        "triton": triton.__version__,
-        "tests": tests,
-        "rows": rows,
-    }
+        draw(results.contents, output.with_suffix(""))
+    except ImportError as error:
+        print(error, file=sys.stderr)
+    bad = [row for row in results.contents["rows"] if "wrong" in row or "failed" in row]
+    for row in bad:
+        print(f"{row['subject']}, batch {row['batch']}: {line(row, None)}")
+    return int(bool(bad) or not results.contents.get("tests", {}).get("passed", False))

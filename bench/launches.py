@@ -6,14 +6,17 @@ launch order alone; Triton's own dispatch, some microseconds a launch outside a 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import seqconv_triton as sct
+from bench.results import Results, provenance
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.ahead import stage_passes
 from seqconv_triton.layers import PackedSeqConv
@@ -57,7 +60,7 @@ def measure(runs: list[Any]) -> tuple[int, float]:
     return count, statistics.median(seconds[1:])
 
 
-def main() -> list[dict[str, Any]]:
+def table() -> list[dict[str, Any]]:
     """Print a row for each model and pass, and return them."""
     rows = []
     print(f"{'model':<16}{'pass':<20}{'groups':>7}{'launches':>10}{'own Python a launch':>22}")
@@ -72,3 +75,14 @@ def main() -> list[dict[str, Any]]:
             rows.append({"model": name, "pass": kind, "groups": groups, "launches": launches, "microseconds": own})
             print(f"{name:<16}{kind:<20}{groups:>7}{launches:>10}{own:>19.1f} µs")
     return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, help="also write the counts as JSON")
+
+
+def run_from_arguments(arguments: argparse.Namespace) -> int:
+    rows = table()
+    if arguments.output is not None:
+        Results(arguments.output, {"provenance": provenance(torch.device("cpu")), "launches": rows})
+    return 0

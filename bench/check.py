@@ -1,0 +1,118 @@
+"""Before anything is timed: every contender's results against the specification in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+from bench import peers
+from bench.cases import Case
+from bench.contenders import Contender, build
+from bench.timing import unmarked
+from seqconv_triton.layers import PackedSeqConv
+
+# Relative RMS error that is allowed beyond twice that of the plain code in the same precision.
+FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
+BLIND = 0.5  # never more than this, whatever the plain code's error: zeros are off by 1
+NUDGE = 4.0  # deviations between the features and ReLU's corner, where a rounding turns a gradient on or off
+CHUNK = 16  # images whose exact evaluation is computed at a time
+
+
+class Wrong(RuntimeError):
+    """A contender's results are not those of the specification."""
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Relative RMS error; NaN where either holds one."""
+    got, expected = got.double(), expected.double()
+    distance = (got - expected).norm().item()
+    scale = expected.norm().item()
+    return distance / scale if scale else distance
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Exact results, and how far plain code of the case's own precision is from them."""
+
+    exact: dict[str, Tensor]
+    own_error: dict[str, float]
+
+    def check(self, found: dict[str, Tensor], dtype: str) -> float:
+        """The largest relative RMS error of a contender's results. Raises Wrong, which names result and error."""
+        if missing := self.exact.keys() - found.keys():
+            raise Wrong(f"no {', '.join(sorted(missing))}")
+        errors = {name: relative_error(found[name], value) for name, value in self.exact.items()}
+        for name, error in errors.items():
+            allowed = min(2 * self.own_error[name] + FLOOR[dtype], BLIND)
+            if not error <= allowed:
+                raise Wrong(f"{name} is off by {error:.1e} (allowed: {allowed:.1e})")
+        return max(errors.values())
+
+
+def family(label: str) -> str:
+    """Who is compared with whom: our network in all its forms, or a peer with itself."""
+    who = label.split()[0]
+    return who if who in peers.PEERS else "reference"
+
+
+def expected(who: str, case: Case, base: nn.Module, x: Tensor) -> Expected:
+    """From the concatenating reference, or from a peer in eager mode."""
+    exact = exact_results(who, case, base, x)
+    if case.dtype == "float32":
+        return Expected(exact, dict.fromkeys(exact, 0.0))
+    found = results_of(build(f"{who} eager", case, base, x), case)
+    return Expected(exact, {name: relative_error(found[name], value) for name, value in exact.items()})
+
+
+def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """In float32, whatever the case's precision.
+
+    Large training batches, which the concatenating code has no memory for, go through the aten backend.
+    """
+    precise = replace(case, dtype="float32")
+    if not case.training:
+        module = build(f"{who} eager", precise, base, x[:1]).module
+        assert module is not None
+        with torch.no_grad(), sct.use_backend("reference" if who == "reference" else None):
+            return {"output": torch.cat([module(part) for part in x.split(CHUNK)])}
+    contender = build(f"{who} eager", precise, base, x)
+    if who == "reference" and len(x) > 64:
+        # `build` has chosen the reference backend around the run: choose again inside.
+        own = contender.module
+        assert own is not None
+        forward = own.forward
+
+        def through_aten(images: Tensor) -> Tensor:
+            with sct.use_backend("aten"):
+                return forward(images)
+
+        own.forward = through_aten
+    return results_of(contender, case)
+
+
+def results_of(contender: Contender, case: Case) -> dict[str, Tensor]:
+    """What a run computes.
+
+    Training of whole networks, and in half precision, runs with features away from ReLU's corner: else rounding drowns
+    the gradients. Stages and layers in float32 are checked as they are.
+    """
+    whole = contender.module is not None and not isinstance(contender.module, PackedSeqConv)
+    away = NUDGE if case.training and (whole or case.dtype != "float32") else 0.0
+    nudge(contender.module, away)
+    contender.run(unmarked)
+    found = contender.found()
+    nudge(contender.module, -away)
+    return found
+
+
+@torch.no_grad()
+def nudge(module: nn.Module | None, by: float) -> None:
+    """Move every BN's bias."""
+    if not by:
+        return
+    for part in () if module is None else module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.bias.add_(by)

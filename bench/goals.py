@@ -1,0 +1,106 @@
+"""The project's speed goals, on an H200 and on two CPU threads, and what a results file says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.cases import FIRST
+from bench.results import Row
+
+Find = Callable[..., Row | None]
+
+
+def finder(contents: dict[str, Any]) -> Find:
+    """A function that looks a timed row up; of several the last one, which ran in the largest company."""
+
+    def find(subject: str, part: str, batch: int, contender: str, dtype: str = "bfloat16") -> Row | None:
+        wanted = (subject, part, batch, contender, dtype)
+        rows = [
+            row
+            for row in contents["rows"]
+            if tuple(row[k] for k in ("subject", "part", "batch", "contender", "dtype")) == wanted and "median" in row
+        ]
+        return rows[-1] if rows else None
+
+    return find
+
+
+def best(find: Find, subject: str, part: str, batch: int, dtype: str = "bfloat16") -> Row | None:
+    """Our fastest form."""
+    rows = [find(subject, part, batch, f"ours {how}", dtype) for how in ("eager", "compiled", "graph", "max-autotune")]
+    return min((row for row in rows if row is not None), key=lambda row: row["median"], default=None)
+
+
+def times_as_fast(find: Find, subject: str, part: str, batch: int, other: str, dtype: str = "bfloat16") -> float | None:
+    ours, theirs = best(find, subject, part, batch, dtype), find(subject, part, batch, other, dtype)
+    return None if ours is None or theirs is None else float(theirs["median"] / ours["median"])
+
+
+Goal = tuple[str, str, float | None, float, bool]
+
+
+def evaluated(contents: dict[str, Any]) -> list[Goal]:
+    """(what, unit, value, goal, whether more is better), for the kind of machine that the results are from."""
+    return on_gpu(contents) if "gpu" in contents["provenance"] else on_cpu(contents)
+
+
+def on_cpu(contents: dict[str, Any]) -> list[Goal]:
+    """Two threads, float32; by the medians, ours in its fastest form."""
+    find = finder(contents)
+    rows: list[Goal] = []
+    for subject in (FIRST, "seqresnet_b22"):
+        for part, batch, goal in (("eval", 8, 1.6), ("step", 4, 1.3)):
+            name = {"eval": "evaluation", "step": "training step"}[part]
+            for other, wanted in (("reference eager", goal), ("reference compiled", 1.0)):
+                value = times_as_fast(find, subject, part, batch, other, "float32")
+                rows.append((f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True))
+    return rows
+
+
+def on_gpu(contents: dict[str, Any]) -> list[Goal]:
+    """An H200, bfloat16, channels_last, 224²."""
+    find = finder(contents)
+    rows: list[Goal] = []
+
+    def ratio(subject: str, part: str, batch: int, other: str, goal: float) -> None:
+        name = {"eval": "evaluation", "step": "training step"}[part]
+        value = times_as_fast(find, subject, part, batch, other)
+        rows.append((f"{subject}, {name}, batch {batch}, against {other}", "×", value, goal, True))
+
+    ratio(FIRST, "eval", 256, "resnet50 compiled", 1)
+    ratio(FIRST, "eval", 256, "reference compiled", 4)
+    ours = best(find, FIRST, "eval", 256)
+    rate = 256 / ours["median"] if ours else None
+    rows.append((f"{FIRST}, evaluation, batch 256, half the stages' roofline", "images/s", rate, 19500, True))
+    ratio(FIRST, "step", 256, "resnet101 compiled", 1)
+    ratio(FIRST, "step", 256, "reference compiled", 3)
+    mine, peer = (find(FIRST, "step", 256, f"{who} compiled") for who in ("ours", "resnet50"))
+    mine = mine or find(FIRST, "step", 256, "ours eager")
+    memory = mine["peak_bytes"] / peer["peak_bytes"] if mine and peer else None
+    rows.append((f"{FIRST}, training step, batch 256, peak memory over resnet50's", "", memory, 1, False))
+    latency = find(FIRST, "eval", 1, "ours graph")
+    rows.append(
+        (f"{FIRST}, latency, batch 1, CUDA graph", "ms", 1e3 * latency["median"] if latency else None, 1, False)
+    )
+    ratio(FIRST, "eval", 1, "resnet152 graph", 1)
+    for subject in ("seqresnet_b22", "seqresnext_24"):
+        for part in ("eval", "step"):
+            ratio(subject, part, 256, "reference compiled", 3)
+    for state, goal in (("cold", 30), ("warm", 5)):
+        first = find(FIRST, "startup", 8, f"ours {state}")
+        rows.append(
+            (f"{FIRST}, first compiled step, {state} caches", "s", first["median"] if first else None, goal, False)
+        )
+    return rows
+
+
+def goals(contents: dict[str, Any]) -> str:
+    """A line for every goal."""
+    lines = [f"{'goal':<78}{'wanted':>18}{'found':>20}"]
+    for what, unit, value, goal, more in evaluated(contents):
+        sign = "≥" if more else "≤"
+        found = "not measured" if value is None else f"{value:.2f} {unit}".strip()
+        verdict = "" if value is None else "  reached" if (value >= goal if more else value <= goal) else "  missed"
+        lines.append(f"{what:<78}{f'{sign} {goal:g} {unit}'.rstrip():>18}{found:>20}{verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""`python -m bench run`: a table of cases on this machine, on the screen and as JSON, then the plots."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import ceilings, report
+from bench.cases import TABLES, Case
+from bench.results import FOLDER, Results, provenance
+from bench.runner import POISONED, Poisoned, run_cases
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", choices=TABLES, default="cpu", help="which table of cases.py (default: cpu)")
+    parser.add_argument("--full", action="store_true", help="the long CPU table: B42's compiled reference, an hour")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--minutes", type=float, help="begin no case after so many minutes")
+    parser.add_argument("--output", type=Path, help="results file (default: bench/results/TABLE.json)")
+    parser.add_argument("--no-plots", action="store_true", help="write the results file only")
+    parser.add_argument("--append", action="store_true", help="go on where the results file ends")
+    parser.add_argument("--warm", action="store_true", help="let compilation caches help")
+
+
+def run_from_arguments(arguments: argparse.Namespace) -> int:
+    table = "cpu-full" if arguments.full else arguments.cases
+    device = torch.device("cuda" if table == "gpu" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("the gpu table needs a GPU, and torch sees none (python -m bench gpu --dry-run needs none)")
+    cases = [case for case in TABLES[table]() if arguments.only in case.name]
+    if not cases:
+        raise SystemExit(f"no case of the table {table} has {arguments.only!r} in its name")
+    torch.set_num_threads(arguments.threads)
+    output = arguments.output or default_output(table)
+    try:
+        results = measure(cases, device, output, arguments.minutes, not arguments.warm, arguments.append)
+    except Poisoned as error:
+        report.say(f"the GPU is lost to this process since {error}")
+        os._exit(POISONED)  # an orderly exit would touch the GPU
+    report.say(f"\nwritten: {output}")
+    if not arguments.no_plots:
+        from bench.plots import draw
+
+        for path in draw(results.contents, output.with_suffix("")):
+            report.say(f"drawn: {path}")
+    unfit = [row for row in results.contents["rows"] if "wrong" in row or "failed" in row]
+    for row in unfit:
+        report.say(f"{row['subject']}, batch {row['batch']}: {report.line(row, None)}")
+    return 1 if unfit else 0
+
+
+def default_output(table: str) -> Path:
+    """Quick runs, whose times mean nothing, stay out of the results' folder."""
+    return Path("out/bench-quick.json") if table == "quick" else FOLDER / f"{table}.json"
+
+
+def measure(
+    cases: Sequence[Case],
+    device: torch.device,
+    output: Path,
+    minutes: float | None = None,
+    cold: bool = True,
+    append: bool = False,
+) -> Results:
+    """Run cases into a results file that is whole after every case. Raises Poisoned."""
+    start = time.monotonic()
+    results = Results.reopen(output) if append else Results(output, {"provenance": provenance(device)})
+    if device.type == "cuda":  # the same arithmetic for everyone
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    results.set(ceilings=ceilings.measure(device, dtype)._asdict() | {"dtype": str(dtype).removeprefix("torch.")})
+    report.say(report.heading(results.contents))
+    deadline = None if minutes is None else start + 60 * minutes
+    with report.progress(list(cases)) as shown:
+        run_cases(shown, device, results, report.show, deadline, cold)
+    results.set(counts=counts({case.subject for case in cases}), seconds=round(time.monotonic() - start, 1))
+    return results
+
+
+def counts(subjects: set[str]) -> dict[str, dict[str, int]]:
+    """What needs no clock: parameters, their tensors here and in the published layout, bytes kept for backward."""
+    import seqconv_triton as sct
+    from seqconv_triton.summary import summarize
+
+    found = {}
+    for name in sorted(subjects & set(sct.list_models())):
+        summary = summarize(name)
+        published = sct.export_published(sct.create_model(name))
+        parameters = [key for key in published if not key.endswith(("running_mean", "running_var", "batches_tracked"))]
+        found[name] = {
+            "parameters": summary.parameters,
+            "parameter_tensors": summary.parameter_tensors,
+            "published_parameter_tensors": len(parameters),
+            "kept_bytes": summary.kept_bytes,
+            "kept_bytes_reference": summary.kept_bytes_reference,
+            "multiply_adds": summary.multiply_adds,
+        }
+    return found

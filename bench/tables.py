@@ -1,0 +1,102 @@
+"""Markdown tables of a results file: every case, where ours loses, the goals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.goals import evaluated
+from bench.report import mebibytes, milliseconds, speed
+from bench.results import Row, timed
+
+Contents = dict[str, Any]
+FORMS = ("eager", "compiled", "max-autotune", "graph", "plain")
+
+
+def fastest(rows: dict[str, Row], who: str) -> float:
+    return min((row["median"] for name, row in rows.items() if name.split()[0] == who), default=float("inf"))
+
+
+def times(rows: dict[str, Row], who: str, other: str) -> str:
+    """ "1051 ms; compiled 1012 ms after 5 s", the forms that beat everything of the other side in bold."""
+    found = []
+    for form in FORMS:
+        row = rows.get(f"{who} {form}")
+        if row is None:
+            continue
+        text = f"{milliseconds(row['median'])} ms"
+        if row["median"] < fastest(rows, other):
+            text = f"**{text}**"
+        if form not in ("eager", "plain"):
+            text = f"{form} {text}"
+        if "compile_seconds" in row:
+            text += f" after {row['compile_seconds']:.0f} s"
+            if row["caches"] == "warm":
+                text += " with warm caches"
+        found.append(text)
+    return "; ".join(found)
+
+
+def cases_of(contents: Contents) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Timed rows by case and part, then by contender."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for (*case, contender), row in timed(contents["rows"]).items():
+        cases.setdefault(tuple(case), {})[contender] = row
+    return cases
+
+
+def ratio_table(contents: Contents) -> str:
+    """A line for every case; growth against depth and width is in a plot instead."""
+    lines = [
+        "| case | batch | concatenating | ours | speed | peak memory | kept per image | roofline |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (subject, part, batch, _), rows in cases_of(contents).items():
+        ours = rows.get("ours eager") or rows.get("ours plain")
+        who = "torch" if "torch plain" in rows else "reference"
+        base = rows.get(f"{who} eager") or rows.get(f"{who} plain")
+        if ours is None or part == "startup" or subject.startswith(("depth", "width", "dense width")):
+            continue
+        ratio = speed(ours, base)
+        pairs = []
+        for field, divisor in (("peak_bytes", 1), ("kept_bytes", batch)):
+            sides = [mebibytes(row.get(field, 0) / divisor) for row in (base, ours) if row is not None]
+            pairs.append(" → ".join(side for side in sides if side))
+        share = f"{ours['roofline_seconds'] / ours['median']:.0%}" if "roofline_seconds" in ours else ""
+        lines.append(
+            f"| {subject}, {part} | {batch} | {times(rows, who, 'ours')} | {times(rows, 'ours', who)} | "
+            f"{'' if ratio is None else f'{ratio:.2f} ×'} | {pairs[0]} | {pairs[1]} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def losses(contents: Contents) -> str:
+    """Every case in which something else is faster than our fastest form, or needs less memory."""
+    lines = []
+    for (subject, part, batch, _), rows in cases_of(contents).items():
+        own = fastest(rows, "ours")
+        if own == float("inf"):
+            continue
+        memory = min((row["peak_bytes"] for row in rows.values() if "peak_bytes" in row and is_ours(row)), default=None)
+        for name, row in rows.items():
+            if is_ours(row):
+                continue
+            where = f"{subject}, {part}, batch {batch}"
+            if row["median"] < own:
+                lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
+            if memory and row.get("peak_bytes", memory) < memory:
+                lines.append(f"- {where}: {name} peaks at {row['peak_bytes'] / memory:.2f} of our memory")
+    return "Where ours loses:\n\n" + "\n".join(lines or ["- nowhere in this run"]) + "\n"
+
+
+def is_ours(row: Row) -> bool:
+    return bool(row["contender"].split()[0] == "ours")
+
+
+def goals_table(contents: Contents) -> str:
+    lines = ["| goal | wanted | found |", "| --- | --- | --- |"]
+    for what, unit, value, goal, more in evaluated(contents):
+        found = "not measured" if value is None else f"{value:.2f} {unit}".strip()
+        if value is not None:
+            found += ", reached" if (value >= goal if more else value <= goal) else ", **missed**"
+        lines.append(f"| {what} | {'≥' if more else '≤'} {goal:g} {unit} | {found} |")
+    return "\n".join(lines) + "\n"

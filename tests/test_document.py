@@ -1,0 +1,146 @@
+"""Every measured figure in README is what a results file says; the goals, tables and plots made of such files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import document, goals, tables
+from bench.plot_kernels import slope
+
+# A figure that somebody measured: a time, a size, a rate, a ratio.
+FIGURE = re.compile(r"\d[\d,.]*\s?(ms|µs|s\b|seconds|minutes|MiB|GiB|MB|GB|×(?!\d)|%|images/s|times as fast)")
+NOT_MEASURED = {"22.06 %", "23.67 %", "21.92 %"}  # the paper's
+
+
+@pytest.mark.parametrize("name", document.DOCUMENTS)
+def test_measured_parts_are_what_the_results_say(name: str) -> None:
+    """`python -m bench document` writes them."""
+    text = (document.ROOT / name).read_text()
+    assert document.PART.search(text)
+    assert document.rewritten(text) == text
+
+
+def test_readme_has_no_measured_figure_elsewhere() -> None:
+    text = document.PART.sub("", (document.ROOT / "README.md").read_text())
+    found = {match.group(0) for match in FIGURE.finditer(text)}
+    assert found <= NOT_MEASURED
+
+
+def test_a_touched_figure_is_noticed() -> None:
+    text = (document.ROOT / "README.md").read_text()
+    part = document.PART.search(text)
+    assert part is not None
+    number = re.search(r"\d+ ms", part.group(0))
+    assert number is not None
+    touched = text.replace(number.group(0), "1 ms")
+    assert touched != text and document.rewritten(touched) == text
+
+
+def row(subject: str, part: str, batch: int, contender: str, seconds: float, **more: Any) -> dict[str, Any]:
+    return {
+        "subject": subject, "part": part, "batch": batch, "dtype": "bfloat16", "contender": contender,
+        "seconds": [seconds] * 3, "median": seconds, "lower": seconds, "upper": seconds, **more,
+    }  # fmt: skip
+
+
+def contents(*rows: dict[str, Any]) -> dict[str, Any]:
+    source = {"gpu": "a GPU", "torch": "2", "date": "today", "revision": "r"}
+    ceilings = {"bytes_per_second": 4e12, "operations_per_second": 8e14}
+    return {"format": 2, "provenance": source, "rows": list(rows), "notes": ["a note"], "ceilings": ceilings}
+
+
+def test_goals_without_a_measurement() -> None:
+    for source, count in (({"gpu": "a GPU"}, 14), ({}, 8)):
+        lines = goals.goals(contents() | {"provenance": source}).splitlines()[1:]
+        assert len(lines) == count and all(line.endswith("not measured") for line in lines)
+
+
+def test_goals_reached_and_missed() -> None:
+    b42 = "seqresnet_b42"
+    text = goals.goals(
+        contents(
+            row(b42, "eval", 256, "ours eager", 0.02),
+            row(b42, "eval", 256, "ours compiled", 0.01),
+            row(b42, "eval", 256, "resnet50 compiled", 0.012),
+            row(b42, "eval", 256, "reference compiled", 0.03),
+            row(b42, "step", 256, "ours eager", 0.1, peak_bytes=9),
+            row(b42, "step", 256, "resnet50 compiled", 0.1, peak_bytes=10),
+            row(b42, "eval", 1, "ours graph", 0.0015),
+        )
+    )
+    found = {line[:78].strip(): line[78:].split() for line in text.splitlines()}
+    name = f"{b42}, evaluation, batch 256, against "
+    assert found[name + "resnet50 compiled"] == ["≥", "1", "×", "1.20", "×", "reached"]
+    assert found[name + "reference compiled"] == ["≥", "4", "×", "3.00", "×", "missed"]
+    assert found[f"{b42}, latency, batch 1, CUDA graph"][-3:] == ["1.50", "ms", "missed"]
+    assert found[f"{b42}, training step, batch 256, peak memory over resnet50's"][-2:] == ["0.90", "reached"]
+
+
+def test_goals_of_a_cpu() -> None:
+    rows = [
+        row("seqresnet_b42", "step", 4, f"{who} eager", seconds) | {"dtype": "float32"}
+        for who, seconds in (("ours", 1.0), ("reference", 1.5))
+    ]
+    text = goals.goals(contents(*rows) | {"provenance": {}})
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith("seqresnet_b42, training step, batch 4, against reference eager")
+    ]
+    assert line.split()[-6:] == ["≥", "1.3", "×", "1.50", "×", "reached"]
+
+
+def test_losses_are_listed() -> None:
+    text = tables.losses(
+        contents(
+            row("m", "eval", 8, "ours eager", 0.2, peak_bytes=100),
+            row("m", "eval", 8, "reference eager", 0.3, peak_bytes=50),
+            row("m", "eval", 8, "resnet50 compiled", 0.1, peak_bytes=200),
+        )
+    )
+    assert "m, eval, batch 8: resnet50 compiled is 2.00 times as fast as ours" in text
+    assert "m, eval, batch 8: reference eager peaks at 0.50 of our memory" in text
+    assert len([line for line in text.splitlines() if line.startswith("- ")]) == 2
+
+
+def test_bold_is_who_wins() -> None:
+    rows = {
+        "ours eager": row("m", "eval", 8, "ours eager", 0.2),
+        "reference eager": row("m", "eval", 8, "reference eager", 0.3),
+        "reference compiled": row("m", "eval", 8, "reference compiled", 0.1, compile_seconds=9.6, caches="cold"),
+    }
+    assert tables.times(rows, "ours", "reference") == "200 ms"
+    assert tables.times(rows, "reference", "ours") == "300 ms; compiled **100 ms** after 10 s"
+
+
+def test_growth_exponents() -> None:
+    assert slope([(1, 2.0), (2, 4.0), (4, 8.0)]) == pytest.approx(1)
+    assert slope([(1, 1.0), (2, 4.0), (4, 16.0)]) == pytest.approx(2)
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plots import PICTURES, draw
+
+    b42, more = "seqresnet_b42", {"peak_bytes": 2**25, "operations": 1e9, "moved_bytes": 1e7}
+    rows = [row(b42, part, b, "ours eager", 0.01 * b, **more) for part in ("eval", "step") for b in (1, 8)]
+    rows += [row(b42, "eval", 8, "resnet50 compiled", 0.1, version="timm 1")]
+    rows += [row(f"{kind} {n}", "eval", 1, "ours eager", n) for kind in ("depth", "width") for n in (1, 2, 4)]
+    drawn = draw(contents(*rows), tmp_path)
+    assert [path.stem for path in drawn] == sorted([*PICTURES, "roofline"])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert draw(contents(), tmp_path / "nothing") == []
+
+
+def test_results_in_the_repository_are_readable() -> None:
+    from bench.results import load
+
+    for path in (document.FOLDER / "cpu.json", document.FOLDER / "gpu.json"):
+        if path.exists():
+            assert load(path)["rows"]
+            assert json.loads(path.read_text())["provenance"]["revision"]
