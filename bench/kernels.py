@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from bench.subjects import stage_of
-from seqconv_triton.backend.triton_parts import Geometry, tables
+from seqconv_triton.backend.triton_parts import Geometry
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.data_gradient import data_gradient
 from seqconv_triton.kernels.launch import FORWARD_ROWS, MEAN, VAR, Features, Scratch
@@ -55,7 +55,7 @@ class Operands:
         shape = plan.tail_weight_shape
         self.tail = None if shape is None else (normal(*shape) / (shape[1] * shape[2] ** 2) ** 0.5).to(dtype)
         self.geometry = Geometry(plan, torch.empty(batch, 1, size, size, device=device))
-        self.tables = getattr(self.geometry, "tables", None) or tables(plan.encode(), device)
+        self.tables = self.geometry.tables
         self.taps_first = self.transform.permute(0, 2, 3, 1).contiguous()
 
     def window(self, j: int, dtype: torch.dtype) -> Tensor:

@@ -61,6 +61,9 @@ class PackedSeqConv(nn.Module):
             raise ValueError(f"eps ({eps}) must be above 0")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.plan, self.dropout, self.recompute = plan, dropout, False
+        # Columns of a dropout mask: before the first group that has dropout, before the tail's, all. Counted here,
+        # because Python 3.11 counts under a lock, which torch.compile cannot trace.
+        self.mask_columns = plan.window_offsets[plan.entry_groups], plan.window_offsets[-1], plan.mask_channels
         appended = len(plan.groups) * plan.group_width
         self.reduce_weight = _parameter(plan.reduce_weight_shape, where)
         self.reduce_norm = nn.BatchNorm2d(appended, eps, momentum, **where) if plan.bottleneck else None
@@ -161,10 +164,11 @@ class PackedSeqConv(nn.Module):
         """
         if not self.training or self.dropout == 0:
             return None
-        mask = x.new_empty((x.shape[0], self.plan.mask_channels)).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
-        mask[:, : self.plan.window_offsets[self.plan.entry_groups]] = 1
+        entry, tail, columns = self.mask_columns
+        mask = x.new_empty((x.shape[0], columns)).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+        mask[:, :entry] = 1
         if self.plan.tail is not None and self.plan.tail.kernel_size > 1:
-            mask[:, self.plan.window_offsets[-1] :] = 1
+            mask[:, tail:] = 1
         return mask
 
     def extra_repr(self) -> str:

@@ -42,6 +42,17 @@ def step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return everything(module, x, lambda m, t: [m(t)])
 
 
+@pytest.mark.parametrize("windowed", [True, False], ids=["windowed", "dense"])
+def test_dropout_compiles_without_an_eager_run(windowed: bool) -> None:
+    """A plan that nothing has walked yet; the masks drawn inside the graph are those of the same seed outside."""
+    x = torch.randn(2, 3, 8, 8)
+    model = randomise(sct.CifarSeqResNet(7, 7, windowed=windowed, dropout=0.3)).train()
+    torch.manual_seed(3)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")(x)
+    torch.manual_seed(3)
+    assert error(compiled, model(x)) < 1e-4
+
+
 @facility("torch.compile(fullgraph=True) equals eager: outputs, gradients, statistics moved once a step")
 @pytest.mark.parametrize("place", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

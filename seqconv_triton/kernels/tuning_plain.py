@@ -6,15 +6,27 @@ Each function takes what its launcher takes, changes nothing, and returns the la
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from seqconv_triton.kernels.data_gradient import Fresh
-from seqconv_triton.kernels.launch import BIAS, MEAN, SCALE, SHIFT, VAR, WEIGHT, A, B, C, ConvShape, Features, Scratch
+from seqconv_triton.kernels.launch import (
+    BIAS,
+    MEAN,
+    SCALE,
+    SHIFT,
+    VAR,
+    WEIGHT,
+    A,
+    B,
+    C,
+    ConvShape,
+    Features,
+    Readers,
+    Scratch,
+)
 
 
 def convolution(
@@ -46,7 +58,7 @@ def data_gradient(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    readers: Tensor,
+    readers: Readers,
     span: tuple[int, int],
     target: int,
     channels: int,
@@ -66,7 +78,7 @@ def data_gradient(
     g = torch.zeros((shape.in_pixels, channels), dtype=torch.float32, device=out.device)
     completed = None if fresh is None else _through_norm(fresh).to(dy.dtype)
     for i in range(*span):
-        begin, width, offset, dropped = entries(readers)[i]
+        begin, width, offset, dropped = readers.rows.tolist()[i]
         own = completed if completed is not None and i == span[0] else dy[i]
         own_shape = shape._replace(group_in=width, group_out=shape.c_out) if windows else shape
         size = shape.c_out * shape.kernel**2 * own_shape.group_in
@@ -98,7 +110,7 @@ def weight_gradient(
     dy: Tensor,
     source: Features,
     shape: ConvShape,
-    groups: Tensor,
+    groups: Readers,
     widest: int,
     windows: bool,
     size: int,
@@ -108,7 +120,7 @@ def weight_gradient(
 ) -> list[Tensor]:
     """The flat gradient."""
     flat = torch.zeros(size, dtype=torch.float32, device=dy.device)
-    for i, (start, width, offset, dropped) in enumerate(entries(groups)):
+    for i, (start, width, offset, dropped) in enumerate(groups.rows.tolist()):
         given, own = source, shape
         if windows:
             own = shape._replace(group_in=width, group_out=shape.c_out, read=width)
@@ -124,12 +136,6 @@ def weight_gradient(
         gradient = gradient.permute(0, 2, 3, 1).reshape(-1)
         flat[offset : offset + len(gradient)] = gradient
     return [flat]
-
-
-def entries(readers: Any) -> list[list[int]]:
-    """The rows (window start, its width, offset of its weight, of its mask) of a table of readers."""
-    rows: Tensor = getattr(readers, "rows", readers)
-    return rows.tolist()
 
 
 def _groups(shape: ConvShape) -> int:
