@@ -90,9 +90,10 @@ class Config:
             raise ValueError(f"checkpoint_minutes ({self.checkpoint_minutes}) must be above 0")
         if self.amp not in (None, "bf16", "fp16"):
             raise ValueError(f"amp ({self.amp!r}) must be bf16 or fp16")
+        epochs = PRESETS[self.data].recipe.epochs if self.epochs is None else self.epochs
         for milestone in self.milestones or ():
-            if not 1 <= milestone <= self.recipe.epochs:
-                raise ValueError(f"milestones ({milestone}) must be from 1 to the last epoch, {self.recipe.epochs}")
+            if not 1 <= milestone <= epochs:
+                raise ValueError(f"milestones ({milestone}) must be from 1 to the last epoch, {epochs}")
         if self.recipe.batch_size < self.accumulate:
             raise ValueError(f"accumulate ({self.accumulate}) must be at most batch_size ({self.recipe.batch_size})")
 

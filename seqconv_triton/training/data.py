@@ -89,7 +89,7 @@ def open_source(config: Config, preprocess: Preprocess | None = None, *, pinned:
         return DigitsSource(config, preprocess)
     assert config.root is not None
     if not Path(config.root).is_dir():
-        raise FileNotFoundError(f"there is no folder {config.root} (root of {config.data})\n{expected_layout(config)}")
+        raise FileNotFoundError(f"there is no folder {config.root} (root of {config.data}); {expected_layout(config)}")
     from seqconv_triton.training import vision
 
     return vision.open_source(config, preprocess, pinned=pinned)

@@ -112,7 +112,7 @@ def _cifar(config: Config, preprocess: Preprocess, pinned: bool) -> Source:
     folder, archive = (config.root / name for name in CIFAR_FILES[config.data])
     if not folder.is_dir():
         if not archive.is_file():
-            raise FileNotFoundError(f"there is no {config.data} in {config.root}\n{expected_layout(config)}")
+            raise FileNotFoundError(f"there is no {config.data} in {config.root}; {expected_layout(config)}")
         unpack(archive, folder)
     try:
         train, val = (kind(str(config.root), train=part, download=False) for part in (True, False))
@@ -145,7 +145,7 @@ def _image_folder(config: Config, preprocess: Preprocess, pinned: bool) -> Sourc
     try:
         train, val = (datasets.ImageFolder(str(config.root / part)) for part in ("train", "val"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}\n{expected_layout(config)}") from error
+        raise FileNotFoundError(f"{error}; {expected_layout(config)}") from error
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f"{config.root}/train and {config.root}/val have different classes: {', '.join(odd[:5])}")
