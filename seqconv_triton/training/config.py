@@ -55,7 +55,7 @@ class Config:
     workers: int | None = setting(None, SPEED, "loading processes (default: up to 8; digits none)", free=True, type=int)
     amp: str | None = setting(None, SPEED, "mixed precision", choices=("bf16", "fp16"))
     compile: bool = setting(False, SPEED, "torch.compile the model", free=True)
-    channels_last: bool = setting(False, SPEED, "images and plain convs channels last", free=True)
+    channels_last: bool = setting(False, SPEED, "weights of plain convs channels last (images always are)", free=True)
     accumulate: int = setting(1, SPEED, "backward passes a step, for batches beyond memory", type=int)
     sync_bn: bool = setting(False, SPEED, "BN statistics over all processes")
     deterministic: bool = setting(False, SPEED, "deterministic algorithms only", free=True)

@@ -58,9 +58,7 @@ def train(config: Config) -> Outcome:
     before = checkpoint.load(last) if last.exists() else None
     if before is not None and (changed := differences(before["config"], config.binding())):
         raise ValueError(f"{last} was trained with other settings: {'; '.join(changed)}")
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
-    with Interrupts() as interrupts, processes(config.device) as ranks:
+    with deterministic(config.deterministic), Interrupts() as interrupts, processes(config.device) as ranks:
         source = open_source(config, pinned=ranks.device.type == "cuda")
         try:
             run = Run(config, source, ranks, interrupts)
@@ -69,6 +67,17 @@ def train(config: Config) -> Outcome:
             return run.to_the_end()
         finally:
             source.close()
+
+
+@contextmanager
+def deterministic(enable: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms where `enable`; as before afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or enable)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Run:
