@@ -122,7 +122,7 @@ def test_an_export_that_answers_otherwise_is_an_error(run: Path) -> None:
 
     one = trained.load(run / "best.pt")
     _check(one, one.model)
-    with pytest.raises(ValueError, match="off by .* not written"):
+    with pytest.raises(ValueError, match=r"off by .* not written"):
         _check(one, lambda images: one.model(images) + 0.1)
 
 

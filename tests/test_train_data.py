@@ -215,7 +215,7 @@ def test_a_disk_that_is_gone_is_an_error(tmp_path: Path) -> None:
     folder = Folder(tmp_path, 6)
     for path, _ in folder.samples:
         path.unlink()
-    with pytest.raises(OSError, match="images of one batch do not decode: .*4.png"):
+    with pytest.raises(OSError, match=r"images of one batch do not decode: .*4.png"):
         load(folder)
 
 

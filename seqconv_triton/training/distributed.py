@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -72,8 +73,23 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
             raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         kind = torch.device("cuda", local)
         torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+    _meet("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the process group; after torchrun has restarted the processes, under names of that attempt's own.
+
+    torchrun keeps one store over its restarts, where gloo would find the addresses of processes that are gone. Several
+    machines count their restarts apart, so there the plain names stay.
+    """
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(iter(rendezvous("env://")))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    own = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
