@@ -21,6 +21,12 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.summary"),
     "demo": Command("train a small network on handwritten digits", "seqconv_triton.training.demo"),
+    "train": Command(
+        "train a model by the paper's recipe, alone or under torchrun", "seqconv_triton.training.commands.train"
+    ),
+    "evaluate": Command("a checkpoint's errors on a validation set", "seqconv_triton.training.commands.evaluate"),
+    "predict": Command("the likeliest classes of image files", "seqconv_triton.training.commands.predict"),
+    "export": Command("a checkpoint as plain weights, ONNX or pt2", "seqconv_triton.training.commands.export"),
     "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.kernels.report"),
     "heatmap": Command("draw which group uses which (Figure 5), from a checkpoint", "seqconv_triton.figures.heatmap"),
     "history": Command("plot the training curves of several runs (Figure 4)", "seqconv_triton.figures.history"),
@@ -43,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         if name in argv:  # the others need not be imported
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
+            command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
             command.set_defaults(run=implementation.run_from_arguments)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
         return status
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if arguments.debug:
             raise
         if isinstance(error, BrokenPipeError):  # `… | head` closed the pipe: nothing is wrong

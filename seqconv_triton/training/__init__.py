@@ -1,1 +1,6 @@
-"""Training: the demo on handwritten digits and the parts it is made of. Not imported by `import seqconv_triton`."""
+"""Training: recipes, data, the loop, checkpoints; commands on top. Not imported by `import seqconv_triton`."""
+
+from seqconv_triton.training.config import Config
+from seqconv_triton.training.run import Outcome, train
+
+__all__ = ["Config", "Outcome", "train"]

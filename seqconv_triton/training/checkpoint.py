@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+FORMAT, VERSION = "seqconv_triton training", 1
+KEYS = {"model", "arch", "classes", "epoch", "best_error", "preprocess"}
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -34,3 +39,52 @@ def write(path: Path, content: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What kills have left of unfinished writes in `folder`."""
+    for name in ("last.pt", "best.pt", "log.csv"):
+        for leftover in folder.glob(f".{name}.*"):
+            leftover.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A training checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises OSError where there is no such file, and ValueError, saying which, for an empty, a damaged or a foreign one.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a checkpoint in it, such as {path / 'best.pt'}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no checkpoint of `train`: it is no PyTorch file, or holds other objects"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or was only half written: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        held = (
+            f"the keys {', '.join(map(str, list(state)[:4]))}, …" if isinstance(state, dict) else type(state).__name__
+        )
+        raise ValueError(f"{path} is no checkpoint of `train`: it holds {held} (published weights: sct.load_published)")
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {state.get('version')} of the checkpoint format; this package reads {VERSION}"
+        )
+    if missing := KEYS - state.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def mismatch(before: Sequence[str], now: Sequence[str]) -> str:
+    """How two lists of class names differ."""
+    if len(before) != len(now):
+        return f"the checkpoint has {len(before)} classes, the data {len(now)}"
+    pair = next((a, b) for a, b in zip(before, now, strict=True) if a != b)
+    return f"the checkpoint's classes are not the data's: {pair[0]!r} there, {pair[1]!r} here"

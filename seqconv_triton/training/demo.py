@@ -17,7 +17,8 @@ from torch import nn
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.training import checkpoint
 from seqconv_triton.training.baseline import PreactivationResNet, count_parameters, matching_widths
-from seqconv_triton.training.loop import History, Recipe, fit, predict
+from seqconv_triton.training.loop import History, fit, predict
+from seqconv_triton.training.recipes import Recipe
 
 GROUP_WIDTH, WIDEN, BASELINE_BLOCKS = 16, 2, 1
 PREDICTED = 40  # images on the contact sheet

@@ -1,8 +1,11 @@
-"""The demo's two pictures: learning curves, and a contact sheet of predictions."""
+"""Pictures of training: learning curves, and contact sheets of predictions."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +13,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from seqconv_triton.training.loop import History
+
+if TYPE_CHECKING:
+    from seqconv_triton.training.commands.predict import Prediction
 
 RIGHT, WRONG = "#0072b2", "#d55e00"  # Okabe and Ito: told apart by colour-blind readers too
 
@@ -52,3 +58,35 @@ def contact_sheet(images: Tensor, labels: Tensor, probabilities: Tensor, path: P
             fontweight="normal" if right else "bold",
         )
     figure.savefig(path, dpi=120)
+
+
+def prediction_sheet(predictions: Sequence[Prediction], columns: int = 3) -> bytes:
+    """A PNG: every image under its name, beside it its likeliest classes as bars of probability."""
+    columns = min(columns, len(predictions))
+    rows = -(-len(predictions) // columns)
+    figure = Figure(figsize=(4.2 * columns, 1.75 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.6] * columns).flat)
+    for axes in grid:
+        axes.axis("off")
+    for i, prediction in enumerate(predictions):
+        image, bars = grid[2 * i], grid[2 * i + 1]
+        grey = prediction.thumbnail.mode in ("1", "L", "I;16", "I", "F")
+        image.imshow(prediction.thumbnail if grey else prediction.thumbnail.convert("RGB"), cmap="gray")
+        image.set_title(shortened(prediction.path.name, 20), fontsize=8)
+        bars.axis("on")
+        bars.set(xlim=(0, 100), ylim=(4.5, -0.5), xticks=[], yticks=[])
+        bars.spines[["top", "right", "bottom"]].set_visible(False)
+        for place, (name, probability) in enumerate(prediction.answers):
+            bars.barh(place, 100 * probability, color=RIGHT, alpha=0.45, height=0.85)
+            bars.text(
+                2, place, shortened(name, 18), va="center", fontsize=8, fontweight="bold" if place == 0 else "normal"
+            )
+            bars.text(99, place, f"{100 * probability:.1f} %", va="center", ha="right", fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    return content.getvalue()
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - length + length // 2 + 1 :]}"
