@@ -88,7 +88,7 @@ def test_blocks_are_found() -> None:
     assert fences == sum(len(blocks(page, "python")) for page in PAGES) > 8
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: "-".join(value) if value is list else None)
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
 def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the point where the command would do its work."""
     end = next((i for i, word in enumerate(words) if word in {">", "|", "&&", ";"}), len(words))
