@@ -11,7 +11,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test facilities lint bench gpu format clean
+.PHONY: help demo test facilities lint docs bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff check .
 	$(VENV) -m mypy
 
+docs: $(READY) ## Build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --quiet --strict $(ARGS)
+
 bench: $(READY) ## Measure speed and memory in ten minutes: table, plots, bench/results/, the tables of README
 	$(VENV) -m bench run --minutes 9.5 $(ARGS)
 	$(VENV) -m bench document
@@ -47,7 +50,7 @@ format: $(READY) ## Format the code and apply the safe fixes
 	$(VENV) -m ruff format .
 
 clean: ## Remove .venv, caches and build products; out/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
