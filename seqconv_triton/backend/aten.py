@@ -9,14 +9,21 @@ gradients are held a window or a few at a time (`aten_windows.py`), so that they
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
 from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.aten_evaluation import evaluate
 from seqconv_triton.backend.aten_gradient_windows import Activate, gradient_windows
-from seqconv_triton.backend.aten_parts import Images, norms, pixels, pointwise, tail_convolution, window_rows
+from seqconv_triton.backend.aten_parts import (
+    Images,
+    convolution,
+    norms,
+    pixels,
+    pointwise,
+    tail_convolution,
+    window_rows,
+)
 from seqconv_triton.backend.aten_windows import store_turned, turned_masks, turned_weights, windows
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
@@ -73,7 +80,7 @@ def stage_forward(
             if z is not None:
                 z[j].view(-1, k).copy_(raw_z)
             window = pixels(reduce_norm.normalize(images(raw_z), j * k).relu_())
-        y = F.conv2d(images(window), transform[j], None, 1, 1, 1, subgroups)
+        y = convolution(images(window), transform[j], None, 1, subgroups)
         if shortcut is not None:
             y += shortcut[:, j * k : (j + 1) * k]
         elif group.residual_start is not None:

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
-from seqconv_triton.backend.aten_parts import Images, norms, pixels, pointwise, tail_convolution, window_rows
+from seqconv_triton.backend.aten_parts import (
+    Images,
+    convolution,
+    norms,
+    pixels,
+    pointwise,
+    tail_convolution,
+    window_rows,
+)
 from seqconv_triton.backend.aten_windows import turned, turned_masks, windows
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
@@ -123,7 +131,7 @@ def _evaluate_chunk(
         if folded.reduce:
             window = pointwise(window, folded.reduce[j], folded.reduce_shift[j], images).relu_()
         bias = folded.transform_shift[j]
-        y = F.conv2d(images(window), folded.transform[j], bias, 1, 1, 1, subgroups)
+        y = convolution(images(window), folded.transform[j], bias, 1, subgroups)
         slot = kept.slot(j)
         if bias is None:
             if shortcut is not None:

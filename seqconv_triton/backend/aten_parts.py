@@ -109,25 +109,36 @@ def norms(
     return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
 
 
-def onednn_takes(rows: Tensor) -> bool:
-    """Whether oneDNN is there and takes these rows as they lie."""
-    return rows.dtype == torch.float32 and rows.is_contiguous() and torch.backends.mkldnn.is_available()
+def onednn_takes(x: Tensor) -> bool:
+    """Whether PyTorch has oneDNN for what lies here."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
 def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None, images: Images) -> Tensor:
     """1×1 conv of rows [P, C] with weight [k, C]: [P, k].
 
-    oneDNN takes rows without gaps; on AMD processors its products are twice as fast as the BLAS that PyTorch brings.
+    On AMD processors oneDNN's products are twice as fast as those of the BLAS that PyTorch brings, so that it even pays
+    to close the gaps between rows for it.
     """
     if onednn_takes(rows):
-        weight = weight[:, :, None, None]
-        return pixels(torch.mkldnn_convolution(images(rows), weight, bias, (0, 0), (1, 1), (1, 1), 1))
+        return pixels(convolution(images(rows.contiguous()), weight[:, :, None, None], bias))
     return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1) -> Tensor:
+    """Conv with a padding that keeps the image size at stride 1.
+
+    Straight to oneDNN where it is: PyTorch itself passes it by for single small images, at several times the cost.
+    """
+    padding = weight.shape[-1] // 2
+    if onednn_takes(x):
+        return torch.mkldnn_convolution(x, weight, bias, (padding,) * 2, (stride,) * 2, (1, 1), groups)
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 
 
 def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> None:
     """into [P, C] += rows [P, k] @ weight [k, C]; oneDNN as in `pointwise`, which can add as it stores."""
-    if onednn_takes(into) and onednn_takes(rows):
+    if onednn_takes(into) and into.is_contiguous() and rows.is_contiguous():
         add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
         weight = weight.t()[:, :, None, None]
         one = (1, 1)
@@ -139,8 +150,7 @@ def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> 
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
     """The conv behind the stage on its activated input."""
     x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
-    padding = tail.kernel_size // 2
-    return F.conv2d(x, weight, None, tail.stride, padding, 1, tail.groups)
+    return convolution(x, weight, None, tail.stride, tail.groups)
 
 
 def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:

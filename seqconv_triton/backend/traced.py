@@ -11,7 +11,6 @@ from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
 from seqconv_triton.backend.aten_evaluation import fold
-from seqconv_triton.backend.aten_parts import tail_convolution
 from seqconv_triton.backend.packing import group_masks
 from seqconv_triton.plan import Plan
 
@@ -74,4 +73,6 @@ def evaluate(
     if masks is not None:
         out = out * masks[-1][:, :, None, None]
     assert parameters.tail_weight is not None
-    return tail_convolution(out, parameters.tail_weight, plan.tail)
+    tail = plan.tail
+    out = torch.cat([out] * tail.repeats, 1) if tail.repeats > 1 else out
+    return F.conv2d(out, parameters.tail_weight, None, tail.stride, tail.kernel_size // 2, 1, tail.groups)
