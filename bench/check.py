@@ -12,7 +12,6 @@ from bench import peers
 from bench.cases import Case
 from bench.contenders import Contender, build
 from bench.timing import unmarked
-from seqconv_triton.layers import PackedSeqConv
 
 # Relative RMS error that is allowed beyond twice that of the plain code in the same precision.
 FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -96,11 +95,12 @@ def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str,
 def results_of(contender: Contender, case: Case) -> dict[str, Tensor]:
     """What a run computes.
 
-    Training of whole networks, and in half precision, runs with features away from ReLU's corner: else rounding drowns
-    the gradients. Stages and layers in float32 are checked as they are.
+    Training runs with features away from ReLU's corner: else rounding, which turns single gradients on or off, drowns
+    them, in a stage of 88 groups already (float32 errors of 1e-4 to 4e-3, the plain code's too). Single layers in
+    float32 are checked as they are.
     """
-    whole = contender.module is not None and not isinstance(contender.module, PackedSeqConv)
-    away = NUDGE if case.training and (whole or case.dtype != "float32") else 0.0
+    single = isinstance(contender.module, sct.SeqConv2d) and case.dtype == "float32"
+    away = NUDGE if case.training and not single else 0.0
     nudge(contender.module, away)
     contender.run(unmarked)
     found = contender.found()
