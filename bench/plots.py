@@ -82,7 +82,7 @@ def throughput(rows: Rows, figure: Any) -> bool:
 
 
 def against_batch(value: Callable[[Row], float | None], ylabel: str) -> Callable[[Rows, Any], bool]:
-    """A panel for every model and part: a value against the batch, a line for every contender."""
+    """A panel for every model and part that ran with several batches: a value against them, a line a contender."""
 
     def draw(rows: Rows, figure: Any) -> bool:
         panels: dict[tuple[str, str], Rows] = {}
@@ -90,11 +90,12 @@ def against_batch(value: Callable[[Row], float | None], ylabel: str) -> Callable
             for row in whole(rows, part):
                 if value(row) is not None:
                     panels.setdefault((row["subject"], part), []).append(row)
+        panels = {key: found for key, found in panels.items() if len({row["batch"] for row in found}) > 1}
         if not panels:
             return False
         figure.set_size_inches(2 + 4.2 * min(3, len(panels)), 3.6 * -(-len(panels) // 3))
         grid = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flat
-        for axes, ((subject, part), found) in zip(grid, panels.items(), strict=False):
+        for ((subject, part), found), axes in zip(panels.items(), grid, strict=False):
             for contender in sorted({row["contender"] for row in found}):
                 own = sorted((row for row in found if row["contender"] == contender), key=lambda row: row["batch"])
                 axes.plot([row["batch"] for row in own], [value(row) for row in own], **look(contender))
