@@ -16,7 +16,7 @@ from runs import TINY, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
-from seqconv_triton.cli import main
+from seqconv_triton.cli import COMMANDS, Command, main
 from seqconv_triton.training import checkpoint, train
 from seqconv_triton.training.loop import Trainer
 
@@ -152,6 +152,14 @@ def test_bad_input(
 def test_debug_shows_the_traceback(options: list[str]) -> None:
     with pytest.raises(FileNotFoundError):
         main([*options, "no.pt"])
+
+
+def test_command_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(COMMANDS, "demo", Command("", "seqconv_triton.none"))
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "seqconv-triton: No module named 'seqconv_triton.none'\n"
+    with pytest.raises(ImportError):
+        main(["demo", "--debug"])
 
 
 @NO_TORCHVISION
