@@ -14,49 +14,66 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import startup
 from bench.cases import MODELS, TABLES, Case
 from bench.peers import PEERS
-from bench.processes import python, spawn
+from bench.processes import Background, python, spawn
 from bench.report import line
 from bench.results import FOLDER, Results, Row, provenance
 from bench.runner import POISONED, identity
 
 PREPARATION = 0.4  # of the time: tests, and compilation beside them
+# Tuning, and what is skipped beside a CPU's torch, where timm and torchvision cannot be imported.
+FURTHER = ("timm.py", "convert.py", "convert_choice.py", "train_vision.py", "tuning.py::test_tuning_on_a_gpu")
+FURTHER_SECONDS = 60.0  # that the table waits for them, within the time of the preparation
 RESTARTS = 5
 
 
 def prepare(results: Results, deadline: float) -> None:
-    """The GPU tests, and beside them what the table would compile; start-up times, too, come from processes."""
-    workers = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", *workers)
-    running = {"tests": spawn(python("pytest", "tests/test_gpu.py", "tests", *options))}
+    """The GPU tests, and beside them what the table would compile; start-up times, too, come from processes.
+
+    Last come further tests, which cannot take more than what is left of the preparation.
+    """
+    running = {"tests": tests("tests/test_gpu.py", "tests", "-m", "gpu", "--ignore=tests/test_tuning.py")}
     running |= {name: spawn(python("bench", "gpu", "--warm", name)) for name in (*MODELS, "peers", "reference")}
     try:
         for row in startup.measure(timeout=max(1.0, (deadline - time.monotonic()) / 2)):
             results.add(row)
             text = f"failed: {row['failed']}" if "failed" in row else f"{row['median']:.1f} s"
             print(f"start-up, {row['contender']}: {text}", flush=True)
-        tests = running["tests"]
         for name, process in running.items():
-            if process is tests:
+            if name == "tests":
                 continue
             status = process.end_by(deadline)
             if status != 0:
                 why = ["stopped, no time left" if status is None else f"ended with {status}", *process.lines()[-3:]]
                 results.note(f"compiling ahead, {name}: {'; '.join(why)}")
                 print(f"compiling ahead, {name}:", *why, sep="\n  ", flush=True)
-        status = tests.end_by(deadline)
-        lines = tests.lines()
-        summary = (lines or [""])[-1] if status is not None else "stopped, no time left"
-        print(*lines[-3 if status == 0 else -60 :], f"GPU tests: {summary}", sep="\n", flush=True)
-        results.set(tests={"passed": status == 0, "summary": summary, "failures": failures(lines)})
+        results.set(tests=outcome("GPU tests", running["tests"], deadline))
+        running["further"] = tests(*(f"tests/test_{name}" for name in FURTHER))
+        end = min(deadline, time.monotonic() + FURTHER_SECONDS)
+        results.set(further_tests=outcome("further tests (timm, torchvision, tuning)", running["further"], end))
     finally:
         for process in running.values():
             process.kill()
+
+
+def tests(*which: str) -> Background:
+    workers = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    return spawn(python("pytest", *which, "-q", "-p", "no:cacheprovider", *workers))
+
+
+def outcome(what: str, process: Background, deadline: float) -> dict[str, Any]:
+    """How tests ended, printed too; not passed where they had to be stopped."""
+    status = process.end_by(deadline)
+    lines = process.lines()
+    summary = (lines or [""])[-1] if status is not None else "stopped, no time left"
+    print(*lines[-3 if status == 0 else -60 :], f"{what}: {summary}", sep="\n", flush=True)
+    return {"passed": status == 0, "summary": summary, "failures": failures(lines)}
 
 
 def failures(lines: Sequence[str]) -> list[str]:
@@ -174,4 +191,5 @@ def conclude(output: Path) -> int:
     bad = [row for row in results.contents["rows"] if "wrong" in row or "failed" in row]
     for row in bad:
         print(f"{row['subject']}, batch {row['batch']}: {line(row, None)}")
-    return int(bool(bad) or not results.contents.get("tests", {}).get("passed", False))
+    passed = all(results.contents.get(name, {}).get("passed", False) for name in ("tests", "further_tests"))
+    return int(bool(bad) or not passed)

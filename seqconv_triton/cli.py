@@ -41,22 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; errors that name a wrong input become one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="seqconv-triton", description=sct.__doc__)
-    parser.add_argument("--version", action="version", version=f"seqconv-triton {sct.__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (text, module) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if name in argv:  # the others need not be imported
-            implementation = importlib.import_module(module)
-            implementation.add_arguments(command)
-            command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-            command.set_defaults(run=implementation.run_from_arguments)
-    arguments = parser.parse_args(argv)
     try:
+        add_commands(parser, argv)
+        arguments = parser.parse_args(argv)
         status: int = arguments.run(arguments)
         return status
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if arguments.debug:
+        if "--debug" in argv:
             raise
         if isinstance(error, BrokenPipeError):  # `… | head` closed the pipe: nothing is wrong
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,3 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def add_commands(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """All commands; the modules of those that `argv` does not name need not be imported."""
+    parser.add_argument("--version", action="version", version=f"seqconv-triton {sct.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (text, module) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in argv:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+            command.set_defaults(run=implementation.run_from_arguments)

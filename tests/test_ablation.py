@@ -229,6 +229,21 @@ class FakeCifar:
         self.targets = random.integers(0, 10, len(self.data)).tolist()
 
 
+def test_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it raises RuntimeError."""
+
+    def missing(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    module = types.ModuleType("torchvision.datasets")
+    module.__getattr__ = missing  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match=r"needs torchvision.*nms does not exist"):
+        data.load(SETTINGS["cifar10"], tmp_path, 0)
+
+
 def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalised by the training images' channels; every image is a crop of its padded self, mirrored or not."""
     module = types.ModuleType("torchvision.datasets")

@@ -114,6 +114,38 @@ def test_what_is_compiled_ahead_is_in_the_table() -> None:
     assert all(case.dtype == "bfloat16" for case in peers + reference)
 
 
+@pytest.mark.parametrize(
+    ("code", "passed", "summary"),
+    [
+        ("print('5 passed')", True, "5 passed"),
+        ("print('FAILED a.py::b'); print('1 failed'); raise SystemExit(1)", False, "1 failed"),
+        ("import time; print('..', flush=True); time.sleep(60)", False, "stopped, no time left"),
+    ],
+    ids=["passed", "failed", "late"],
+)
+def test_outcome_of_tests(code: str, passed: bool, summary: str) -> None:
+    process = processes.spawn([sys.executable, "-c", code])
+    found = gpu.outcome("tests", process, time.monotonic() + 2)
+    assert found == {"passed": passed, "summary": summary, "failures": ["FAILED a.py::b"] * ("FAILED" in code)}
+
+
+def test_further_tests_exist() -> None:
+    """A path that is none would end pytest before any test."""
+    for path in (f"tests/test_{name}" for name in gpu.FURTHER):
+        file, _, test = path.partition("::")
+        assert f"def {test}" in (Path(__file__).parents[1] / file).read_text()
+
+
+@pytest.mark.parametrize("missing", ["tests", "further_tests"])
+def test_conclusion_needs_all_tests(missing: str, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    passed = {name: {"passed": True} for name in ("tests", "further_tests")}
+    results.Results(output, {"provenance": {"gpu": "a GPU"}, **passed})
+    assert gpu.conclude(output) == 0
+    results.Results(output, {"provenance": {"gpu": "a GPU"}, **passed, missing: {"passed": False}})
+    assert gpu.conclude(output) == 1
+
+
 def test_failures_are_kept() -> None:
     assert gpu.failures(["..F", "FAILED tests/a.py::b - x", "ERROR tests/c.py", "1 failed"]) == [
         "FAILED tests/a.py::b - x",

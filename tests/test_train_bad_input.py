@@ -16,7 +16,7 @@ from runs import TINY, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
-from seqconv_triton.cli import main
+from seqconv_triton.cli import COMMANDS, Command, main
 from seqconv_triton.training import checkpoint, train
 from seqconv_triton.training.loop import Trainer
 
@@ -41,8 +41,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.pt").touch()
     (folder / "text.pt").write_text("not a checkpoint\n")
     torch.save({"state_dict": {}, "best_acc1": 1.0}, folder / "foreign.pt")
-    torch.save(Path("an object"), folder / "object.pt")
+    (folder / "stub.pt").write_bytes(whole[: len(whole) // 100])
     state = checkpoint.load(folder / "run" / "last.pt")
+    checkpoint.save(state | {"preprocess": {}}, folder / "no-preprocess.pt")
+    checkpoint.save(state | {"arch": {"name": "cifar_custom"}}, folder / "no-options.pt")
+    checkpoint.save(state | {"model": 3}, folder / "no-weights.pt")
+    torch.save(Path("an object"), folder / "object.pt")
+    torch.save({"model": {}, "arch": {}, "epoch": 1, "seed": 0}, folder / "ablation.pt")
     checkpoint.save(state | {"version": 2}, folder / "newer.pt")
     checkpoint.save({name: value for name, value in state.items() if name != "classes"}, folder / "lacks.pt")
     checkpoint.save(state | {"classes": ["cat", "dog"]}, folder / "two-names.pt")
@@ -90,6 +95,10 @@ ROWS = {
     "resume-half-written": ([*TINY, "--output={0}/half-run", "--resume"], 2, "damaged or was only half written"),
     "resume-empty": ([*TINY, "--output={0}/empty-run", "--resume"], 2, r"is empty \(0 bytes\)"),
     "diverges": ([*TINY, "--learning-rate=1e30"], 1, r"loss is (nan|inf) in step \d of epoch 1.*nothing was saved yet"),
+    "diverges-in-the-last-step": (
+        [*TINY, "--batch-size=100", "--learning-rate=1e30"], 1,
+        "validation loss is (nan|inf) after step 1 of epoch 1.*nothing was saved yet",
+    ),
     "checkpoint-missing": (["evaluate", "{0}/no.pt"], 2, "there is no checkpoint .*no.pt"),
     "checkpoint-is-a-folder": (["evaluate", "{0}/run"], 2, "is a folder.*best.pt"),
     "checkpoint-empty": (["evaluate", "{0}/empty.pt"], 2, r"is empty \(0 bytes\)"),
@@ -108,6 +117,17 @@ ROWS = {
     "image-cut-strict": ([*PREDICT, "{0}/cut.png", "--strict"], 2, "cut.png does not decode"),
     "image-empty-strict": ([*PREDICT, "{0}/empty.png", "--strict"], 2, r"empty.png is empty \(0 bytes\)"),
     "image-is-a-folder-strict": ([*PREDICT, "{0}", "--strict"], 2, "is a folder, not an image"),
+    "unknown-device": (["evaluate", BEST, "--device=gpu"], 2, r"device \(gpu\): PyTorch .* cannot use it here"),
+    "predict-device-not-here": ([*PREDICT, "{0}/good.png", "--device=cuda:99"], 2, r"device \(cuda:99\): there "),
+    "train-device-not-here": ([*TINY, "--device=xpu:99"], 2, r"device \(xpu:99\)"),
+    "demo-device-not-here": (["demo", "--device=cuda:99", "--output", TO], 2, r"device \(cuda:99\): there "),
+    "ablation-device-not-here": (["ablation", "--device=cuda:99", "--output", TO], 2, r"device \(cuda:99\): there "),
+    "checkpoint-stub": (["evaluate", "{0}/stub.pt"], 2, "stub.pt is damaged or was only half written"),
+    "checkpoint-no-preprocess": (["predict", "{0}/no-preprocess.pt", "{0}/good.png"], 2, "no whole checkpoint.*mean"),
+    "checkpoint-no-options": (["evaluate", "{0}/no-options.pt"], 2, "no-options.pt is no whole checkpoint.*options"),
+    "checkpoint-no-weights": (["evaluate", "{0}/no-weights.pt"], 2, "no-weights.pt is no whole checkpoint"),
+    "export-over-a-folder": (["export", BEST, "{0}", "--to=state"], 2, "is a folder"),
+    "checkpoint-of-the-ablation": (["predict", "{0}/ablation.pt", "{0}/good.png"], 2, "`ablation` are for `heatmap`"),
     "export-into-a-file": (["export", BEST, "{0}/a-file/model.pt", "--to=state"], 2, "a-file"),
 }  # fmt: skip
 
@@ -132,6 +152,14 @@ def test_bad_input(
 def test_debug_shows_the_traceback(options: list[str]) -> None:
     with pytest.raises(FileNotFoundError):
         main([*options, "no.pt"])
+
+
+def test_command_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(COMMANDS, "demo", Command("", "seqconv_triton.none"))
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "seqconv-triton: No module named 'seqconv_triton.none'\n"
+    with pytest.raises(ImportError):
+        main(["demo", "--debug"])
 
 
 @NO_TORCHVISION

@@ -541,5 +541,5 @@ def test_compiling_ahead_of_time() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_tuning_on_a_gpu(one_gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model, in earnest: every default is right, what changed is stored and still right."""
-    assert cli.main(["tune", "cifar_seqresnet_b_r7_k16", "--batch", "16", "--seconds", "300"]) == 0
+    assert cli.main(["tune", "cifar_seqresnet_b_r7_k16", "--batch", "16", "--seconds", "30"]) == 0
     assert "keys measured" in capsys.readouterr().out

@@ -8,13 +8,12 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 import seqconv_triton
 from seqconv_triton.ablation.report import as_json, markdown
 from seqconv_triton.ablation.runs import Result, finished, run
 from seqconv_triton.ablation.settings import CONTESTANTS, SETTINGS, Setting
 from seqconv_triton.training import checkpoint
+from seqconv_triton.training.distributed import usable_device
 from seqconv_triton.training.loop import History
 
 
@@ -70,7 +69,7 @@ def compare(
     if seeds < 1:
         raise ValueError(f"seeds ({seeds}) must be at least 1")
     epochs = setting.recipe.epochs
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device)
     chosen = [one for one in CONTESTANTS.values() if networks is None or one.key in networks]
     folder = output / "runs"
     # Seed by seed, so that an interrupted run has compared all networks on some seeds.

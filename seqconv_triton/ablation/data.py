@@ -63,8 +63,8 @@ def cifar10(setting: Setting, root: Path, generator: torch.Generator) -> Problem
         raise FileNotFoundError(f"{root} has no {CIFAR_FOLDER}: unpack cifar-10-python.tar.gz there")
     try:
         from torchvision.datasets import CIFAR10
-    except ImportError as error:
-        raise ValueError("CIFAR needs torchvision: pip install seqconv-triton[train]") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        raise ValueError(f"CIFAR needs torchvision: pip install seqconv-triton[train] ({error})") from error
     parts = []
     for train in (True, False):
         try:

@@ -78,6 +78,7 @@ def run(
     """Train, write the result (and a SeqResNet's checkpoint, for heat maps) into `folder`, and return it."""
     with reproducible(seed):
         problem = data.load(setting, root, seed)
+        folder.mkdir(parents=True, exist_ok=True)  # where that is impossible, nobody trains in vain
         model = contestant.build(setting).to(device)
         try:
             history = fit(model, problem.epoch_batches, problem.test, setting.recipe, on_epoch=on_epoch)

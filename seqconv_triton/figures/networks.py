@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from seqconv_triton.interop.published import layer_names, load_published, read_file, unwrap
 from seqconv_triton.layers import Stage
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.registry import create_model
+from seqconv_triton.training import architecture
 
-CUSTOM = "cifar_custom"
 PREFIXES = ("module.", "_orig_mod.")
 DEMO_KEYS = {"model", "epochs", "seed"}
 
@@ -81,12 +80,9 @@ def _from_arch(path: Path, arch: object, sizes: dict[str, int]) -> Backbone:
     """What a training checkpoint calls its architecture: a name and its options."""
     if not isinstance(arch, Mapping) or not isinstance(arch.get("options"), Mapping):
         raise ValueError(f"{path} names its network in a way that is not known here: {arch!r:.100}")
-    options: dict[str, Any] = {**arch["options"], **sizes}
     try:
-        return (
-            CifarSeqResNet(**options) if arch.get("name") == CUSTOM else create_model(str(arch.get("name")), **options)
-        )
-    except (TypeError, ValueError) as error:
+        return architecture.build({"name": str(arch.get("name")), "options": {**arch["options"], **sizes}})
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.registry import create_model
 
 CUSTOM = "cifar_custom"  # CifarSeqResNet with all its options free
 
 
-def build(arch: dict[str, Any], **where: Any) -> nn.Module:
+def build(arch: dict[str, Any], **where: Any) -> Backbone:
     """The model of an `arch`; `where` is device or dtype.
 
     Raises ValueError for an unknown name or options that the model does not take.

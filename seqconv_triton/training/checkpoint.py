@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -25,6 +26,8 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 def write(path: Path, content: bytes | memoryview) -> None:
     """`content` into `path`, atomically. Raises OSError, with the path, where it cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is to be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -65,14 +68,19 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no checkpoint of `train`: it is no PyTorch file, or holds other objects"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or was only half written: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         held = (
             f"the keys {', '.join(map(str, list(state)[:4]))}, …" if isinstance(state, dict) else type(state).__name__
         )
-        raise ValueError(f"{path} is no checkpoint of `train`: it holds {held} (published weights: sct.load_published)")
+        raise ValueError(
+            f"{path} is no checkpoint of `train`: it holds {held} (those of `demo` and `ablation` are for `heatmap`, "
+            "published weights for sct.load_published)"
+        )
     if state.get("version") != VERSION:
         raise ValueError(
             f"{path} has version {state.get('version')} of the checkpoint format; this package reads {VERSION}"

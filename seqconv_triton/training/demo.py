@@ -17,6 +17,7 @@ from torch import nn
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.training import checkpoint
 from seqconv_triton.training.baseline import PreactivationResNet, count_parameters, matching_widths
+from seqconv_triton.training.distributed import usable_device
 from seqconv_triton.training.loop import History, fit, predict
 from seqconv_triton.training.recipes import Recipe
 
@@ -86,7 +87,7 @@ def run(config: DemoConfig) -> list[Result]:
 
     from seqconv_triton.training import digits, pictures
 
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(config.device)
     data = digits.load(config.train_images)
     recipe = Recipe(config.epochs)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,7 @@ def write_results(config: DemoConfig, results: list[Result], histories: dict[str
         "torch": torch.__version__,
         "networks": [asdict(result) | {"history": asdict(histories[result.name])} for result in results],
     }
-    (config.output / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    checkpoint.write(config.output / "results.json", json.dumps(figures, indent=1).encode() + b"\n")
 
 
 @contextmanager

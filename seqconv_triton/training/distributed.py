@@ -55,15 +55,30 @@ class Ranks:
                 dist.broadcast(buffer, 0)
 
 
+def usable_device(name: str | None = None) -> torch.device:
+    """The device of that name, by default cuda where there is one. Raises ValueError for one that is not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":  # without a context on the first GPU, which may be another process's
+            if not torch.cuda.is_available():
+                raise ValueError(f"device ({name}): there is no GPU that PyTorch {torch.__version__} can use here")
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"device ({name}): there are {torch.cuda.device_count()} GPUs, counted from 0")
+        else:
+            torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device ({name}): PyTorch {torch.__version__} cannot use it here: {reason}") from error
+    return device
+
+
 @contextmanager
 def processes(device: str | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one. `device` defaults to cuda where there is one.
 
     Raises ValueError for a device that is not here, or for more processes than GPUs.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device ({device}): there is no GPU that PyTorch {torch.__version__} can use here")
+    kind = usable_device(device)
     if not dist.is_torchelastic_launched():
         yield Ranks(kind)
         return

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from seqconv_triton.figures.files import new_figure, save
 from seqconv_triton.training.loop import History
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ RIGHT, WRONG = "#0072b2", "#d55e00"  # Okabe and Ito: told apart by colour-blind
 
 def learning_curves(histories: dict[str, History], path: Path) -> None:
     """Training loss (nats) and test error (%) against epochs, a line for each network."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     loss, error = figure.subplots(1, 2)
     for (name, history), colour, style in zip(histories.items(), (RIGHT, WRONG), ("-", "--"), strict=False):
         epochs = range(1, len(history.train_loss) + 1)
@@ -35,14 +33,13 @@ def learning_curves(histories: dict[str, History], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=True, which="both", alpha=0.25)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def contact_sheet(images: Tensor, labels: Tensor, probabilities: Tensor, path: Path, columns: int = 8) -> None:
     """Images [N, 1, H, W] with the predicted digit and its probability; a wrong one also names the truth."""
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.25 * columns, 1.5 * rows)
     confidence, predicted = probabilities.max(1)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
@@ -57,15 +54,14 @@ def contact_sheet(images: Tensor, labels: Tensor, probabilities: Tensor, path: P
             color=RIGHT if right else WRONG,
             fontweight="normal" if right else "bold",
         )
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def prediction_sheet(predictions: Sequence[Prediction], columns: int = 3) -> bytes:
     """A PNG: every image under its name, beside it its likeliest classes as bars of probability."""
     columns = min(columns, len(predictions))
     rows = -(-len(predictions) // columns)
-    figure = Figure(figsize=(4.2 * columns, 1.75 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * columns, 1.75 * rows)
     grid = list(figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.6] * columns).flat)
     for axes in grid:
         axes.axis("off")

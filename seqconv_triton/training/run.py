@@ -7,6 +7,7 @@ images, augmentation, dropout. So the main process can save at any step without 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -197,12 +198,15 @@ class Run:
                 before=lambda step: seed_everything(config.seed, "step", epoch, step, self.ranks.rank),
                 after=self._after_step,
             )  # fmt: skip
+            self.progress.end()
+            result = self._evaluate()
+            if not math.isfinite(result.loss):
+                raise FloatingPointError(f"the validation loss is {result.loss} after step {self.meter.step}")
+            self._check_weights()
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error} of epoch {epoch}: training has diverged; {self._kept()} (a smaller --learning-rate?)"
             ) from None
-        self.progress.end()
-        result = self._evaluate()
         row = Row(
             epoch, rate, sums.loss / sums.images, 100 * sums.wrong / sums.images, result.loss, result.error,
             sums.images / sums.seconds, sums.seconds,
@@ -246,6 +250,7 @@ class Run:
         if meter.stop:
             self._stop(meter.stop)
         if self.ranks.is_main and (due or time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes):
+            self._check_weights()
             self._save()
             meter.restart_clock()
 
@@ -265,8 +270,14 @@ class Run:
 
     def _stop(self, number: int) -> None:
         if self.ranks.is_main:
+            self._check_weights()
             self._save()
         raise Stopped(number, f"in epoch {self.epoch + 1} after step {self.meter.step}; {self._kept()}")
+
+    def _check_weights(self) -> None:
+        """A finite loss may still have led to a step that is not."""
+        if not all(value.isfinite().all() for value in self.trainer.model.state_dict().values()):
+            raise FloatingPointError(f"weights are not finite after step {self.meter.step}")
 
     def _save(self) -> None:
         with self._writing():

@@ -29,6 +29,13 @@ class Trained:
 def load(path: Path, device: torch.device | str = "cpu") -> Trained:
     """Raises OSError where there is no such file, ValueError for one that is damaged, foreign, or does not fit."""
     state = checkpoint.load(path)
+    try:
+        return _built(path, state, device)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole checkpoint of `train`: {type(error).__name__}: {error}") from error
+
+
+def _built(path: Path, state: dict[str, Any], device: torch.device | str) -> Trained:
     if state["arch"]["options"].get("num_classes") != len(state["classes"]):
         outputs = state["arch"]["options"].get("num_classes")
         raise ValueError(f"{path} has names for {len(state['classes'])} classes, and a model of {outputs}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.training import checkpoint, images, trained
+from seqconv_triton.training.distributed import usable_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     del matplotlib, PIL
     from seqconv_triton.training.pictures import prediction_sheet
 
-    one = trained.load(arguments.checkpoint, arguments.device)
+    one = trained.load(arguments.checkpoint, usable_device(arguments.device))
     predictions: list[Prediction] = []
     skipped = done = 0
     for start in range(0, len(arguments.images), CHUNK):
