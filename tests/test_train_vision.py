@@ -137,8 +137,9 @@ def test_image_folder_trains(tree: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "bee/3.jpg" in error and "cat/0.png" in error and "2 images skipped" in error
     state = checkpoint.load(run / "last.pt")
     assert state["classes"] == ["ant", "bee", "cat"] and state["preprocess"]["resize"] == 37
-    assert main(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu", "--workers=0"]) == 0
-    assert capsys.readouterr().out.startswith("8 images")
+    assert main(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu", "--workers=0"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith("8 images") and "1 images skipped" in shown.err
     assert main([*arguments[:-1], "--resume", "--strict"]) == 0  # finished: nothing is read
     assert main([*arguments, "--strict", "--output", str(tmp_path / "strict")]) == 2
     assert "an image does not decode" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    """Exit status 0; images that do not decode are named on standard error, counted, and left out."""
+    """Exit status 0; 1 where images do not decode, which are named on standard error, counted, and left out."""
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size ({arguments.batch_size}) must be at least 1")
     with processes(arguments.device) as ranks:
@@ -52,4 +52,4 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         if ranks.is_main:
             top5 = "" if result.top5_error is None else f", top-5 error {result.top5_error:.2f} %"
             print(f"{result.images:,} images: error {result.error:.2f} %{top5}, cross-entropy {result.loss:.4f} nats")
-    return 0
+    return int(bool(source.unreadable))
