@@ -197,12 +197,21 @@ class Plan:
         return len({group.window_width for group in self.groups}) == 1
 
     @cached_property
-    def slides(self) -> bool:
-        """Whether every group reads just the newest in_channels channels, so that each makes room for its output."""
-        return self.in_channels % self.group_width == 0 and all(
-            group.window_width == self.in_channels and group.window_start == j * self.group_width
-            for j, group in enumerate(self.groups)
+    def ring_channels(self) -> int | None:
+        """The width of a ring, in which a group's output takes the place of channels that nobody reads again.
+
+        None where no ring of the widest window does, or where most of its columns would be none of the windows'.
+        """
+        k, widths = self.group_width, [group.window_width for group in self.groups]
+        ring = max(widths)
+        fits = ring % k == 0 and self.in_channels % k == 0 and self.in_channels <= ring
+        newest = all(
+            self.slot(j) - ring <= group.window_start and group.window_start + width <= self.slot(j)
+            for j, (group, width) in enumerate(zip(self.groups, widths, strict=True))
         )
+        # Columns outside a window cost a 1×1 conv little, a 3×3 conv nine times as much.
+        filled = self.uniform or (self.bottleneck and 2 * sum(widths) >= ring * len(widths))
+        return ring if fits and newest and filled else None
 
     @cached_property
     def window_offsets(self) -> tuple[int, ...]:

@@ -51,6 +51,8 @@ ENDS = {
     "extension": {"extension": 12, "tail": Tail(24, 3, 2, 6)},
     "published-quirk": {"extension": 12, "tail": Tail(24, 3, 2, 6, repeats=2)},
     "entry-and-1x1": {"entry_channels": 5, "tail": Tail(12, 1)},
+    "entry-in-the-ring": {"entry_channels": 4, "tail": Tail(12, 1)},
+    "entry-that-turns-it": {"entry_channels": 8, "extension": 12, "tail": Tail(24, 3, 2, 6)},
 }
 
 
@@ -112,12 +114,40 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
     assert chunks == [2, 2, 1]
 
 
+def test_an_image_of_nan_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is used again for the next images; what they have not written yet must not be read as NaN."""
+    plan = Plan.stage(12, 4, 1, entry_channels=4)
+    assert plan.ring_channels == 12
+    monkeypatch.setattr(aten_evaluation, "CHUNK_BYTES", 1)
+    stage = randomise(sct.Stage(plan)).eval()
+    x = torch.randn(3, 4, 5, 6)
+    with torch.no_grad():
+        expected = stage(x)
+        x[1] = torch.nan
+        got = stage(x)
+    assert got[1].isnan().any()
+    assert torch.equal(got[[0, 2]], expected[[0, 2]])
+
+
+def test_wide_groups_and_many_pixels_in_float32() -> None:
+    """Enough of both for oneDNN's weight gradients and products that add."""
+    plan = Plan.stage(32, 16, 1, entry_channels=16, tail=Tail(32, 1))
+    stage = randomise(sct.Stage(plan), layer_b=0.1)
+    x = torch.randn(2, 16, 11, 13)
+    got = everything(stage, x, run_stage)
+    with sct.use_backend("reference"):
+        expected = everything(stage.double(), x.double(), run_stage)
+    assert max(error(got[name], expected[name]) for name in expected) < 1e-5
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_stage_in_float32(block: str) -> None:
     """float32 takes other products than float64: oneDNN's, where PyTorch has it."""
-    for entry in (None, 6):
-        plan = Plan.stage(12, 4, 3, extension=12, entry_channels=entry, tail=Tail(24, 3, 2, 6), **BLOCKS[block])
-        assert plan.slides == (entry is None and BLOCKS[block].get("windowed", True))
+    windowed, bottleneck = (BLOCKS[block].get(name, True) for name in ("windowed", "bottleneck"))
+    for entry, extension, width in ((None, 12, 12), (None, 0, 12), (4, 0, 12), (8, 12, 16), (6, 12, None)):
+        plan = Plan.stage(12, 4, 3, extension=extension, entry_channels=entry, tail=Tail(24, 3, 2, 6), **BLOCKS[block])
+        if windowed:
+            assert plan.ring_channels == (width if bottleneck or entry is None else None)
         stage = randomise(sct.Stage(plan), layer_b=0.1)
         x = torch.randn(2, plan.in_channels, 5, 6)
         got = everything(stage, x, run_stage)

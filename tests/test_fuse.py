@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import seqconv_triton as sct
+from seqconv_triton.backend import aten_packed
+from seqconv_triton.plan import Plan
 
 facility = pytest.mark.facility
 
@@ -52,6 +55,58 @@ def test_fused_model_runs_here(place: torch.device) -> None:
     with sct.use_backend("reference"):
         expected = model.double()(x.double())
     assert error(sct.fuse(model.float())(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "block", [{}, {"bottleneck": False}, {"subgroups": 2}], ids=["bottleneck", "basic", "subgroups"]
+)
+def test_packed_weights_follow_the_weights(block: dict[str, object]) -> None:
+    """On a CPU weights are packed at the first evaluation: changes, other sizes and copies must not meet old ones."""
+    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16, **block), dtype=torch.float32)))
+
+    def check(model: nn.Module, x: Tensor) -> None:
+        with torch.no_grad():
+            got = model(x)
+            with sct.use_backend("reference"):
+                assert error(got, copy.deepcopy(model).double()(x.double())) < 1e-5
+            assert torch.equal(model(x), got)
+
+    x = torch.randn(2, 16, 7, 9)
+    check(fused, x)
+    check(fused, torch.randn(1, 16, 12, 5))
+    for name, weight in fused.named_parameters():
+        if name.endswith("norm.weight"):  # folded: ones, by which nothing is multiplied again
+            continue
+        with torch.no_grad():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+            changed = fused(x)
+        check(fused, x)
+        weight.data = weight.data * 1.5
+        check(fused, x)
+        with torch.no_grad():
+            assert not torch.equal(fused(x), changed), name
+    check(copy.deepcopy(fused), x)
+    state = {name: value if "norm.weight" in name else value * 0.9 for name, value in fused.state_dict().items()}
+    fused.load_state_dict(state)
+    check(fused, x)
+    state = {name: value if "norm.weight" in name else value * 0.9 for name, value in state.items()}
+    fused.load_state_dict(state, assign=True)
+    check(fused, x)
+    with torch.no_grad():
+        expected = fused(x)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), expected)
+
+
+def test_packed_weights_die_with_the_model() -> None:
+    before = len(aten_packed._remembered)
+    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1))))
+    with torch.no_grad():
+        fused(torch.randn(2, 32, 7, 9))
+    assert len(aten_packed._remembered) == before + (1 if torch.backends.mkldnn.is_available() else 0)
+    del fused
+    gc.collect()
+    assert len(aten_packed._remembered) == before
 
 
 @facility("sct.fuse: BN folded, state saved and loaded")

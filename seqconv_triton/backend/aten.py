@@ -14,17 +14,19 @@ from torch import Tensor
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
 from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.aten_evaluation import evaluate
-from seqconv_triton.backend.aten_gradient_windows import Activate, gradient_windows
+from seqconv_triton.backend.aten_gradient_windows import gradient_windows
 from seqconv_triton.backend.aten_parts import (
     Images,
     convolution,
     norms,
     pixels,
     pointwise,
+    product_over_pixels,
     tail_convolution,
     window_rows,
 )
-from seqconv_triton.backend.aten_windows import store_turned, turned_masks, turned_weights, windows
+from seqconv_triton.backend.aten_ring import placed_masks, placed_weights, store
+from seqconv_triton.backend.aten_windows import windows
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
 
@@ -54,8 +56,8 @@ def stage_forward(
     images = Images(x)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
-    reduce, transform = turned_weights(parameters, plan)
-    masks = None if mask is None else turned_masks(mask.to(x.dtype), plan)
+    reduce, transform = placed_weights(parameters, plan)
+    masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
     subgroups = plan.subgroups if plan.bottleneck else 1
     rows = pixels(x)
     raw_rows = None if buffer is None else pixels(buffer)
@@ -66,10 +68,9 @@ def stage_forward(
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
 
     kept = windows(plan, rows)
-    if plan.raw_input:
-        torch.clamp_min(pixels(norm.normalize(x, 0)), 0, out=kept.activated_input)
-    else:
-        kept.activated_input.copy_(rows)
+    normal = pixels(norm.normalize(x, 0)) if plan.raw_input else rows
+    for own, into in kept.input_pieces():
+        torch.clamp_min(normal[:, own], 0, out=into) if plan.raw_input else into.copy_(normal[:, own])
     for j, group in enumerate(groups):
         c = plan.slot(j)
         window = kept.window(j)
@@ -124,34 +125,44 @@ def stage_backward(
     images = Images(buffer)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels
-    reduce, transform = turned_weights(parameters, plan)
+    reduce, transform = placed_weights(parameters, plan)
     wanted = gradients.parameters
     d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
     d_reduce = window_rows(wanted.reduce_weight, plan)
-    masks = None if mask is None else turned_masks(mask.to(buffer.dtype), plan)
+    masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
     raw_rows = pixels(buffer)
     d_raw_rows = None if d_buffer is None else pixels(d_buffer)
     # Gradients that reach raw features through shortcuts, by their place in the buffer.
     passed: dict[int, Tensor] = {}
     subgroups = plan.subgroups if plan.bottleneck else 1
 
-    def activate(start: int, stop: int, into: Tensor) -> None:
-        """Activated channels [start, stop) of the buffer, recomputed from the raw ones."""
+    contiguous: dict[int, Tensor] = {}  # raw channels of the ring, without gaps, from activation to BN's backward
+
+    def raw(start: int, stop: int) -> Tensor:
+        """Raw buffer channels for BN, which is slow on rows with gaps."""
+        return images(raw_rows[:, start:stop].contiguous())
+
+    def activate(start: int, into: Tensor) -> None:
+        """Activated channels from `start` on, computed again a group at a time, which stays in the cache."""
         done = 0 if plan.raw_input else min(into.shape[1], max(0, width - start))
         into[:, :done] = raw_rows[:, start : start + done]
-        if done < into.shape[1]:
-            raw = images(raw_rows[:, start + done : stop].contiguous())  # batch_norm is slow on strided rows
-            torch.clamp_min(pixels(norm.apply(raw, start + done - offset)), 0, out=into[:, done:])
+        for first in range(done, into.shape[1], k):
+            last = min(first + k, into.shape[1])
+            own = raw(start + first, start + last)
+            torch.clamp_min(pixels(norm.apply(own, start + first - offset)), 0, out=into[:, first:last])
+            if plan.ring_channels is not None and into.shape[1] == k:
+                contiguous[start] = own
 
-    from_outside = None
+    kept = gradient_windows(plan, activate, raw_rows, images)
     if d_out is not None:
-        from_outside = d_end(d_out, activate, images, parameters, masks, plan, gradients)
-    elif wanted.tail_weight is not None:
-        wanted.tail_weight.zero_()
-    kept = gradient_windows(plan, activate, raw_rows, images, from_outside)
+        kept.begin(d_end(d_out, kept.end(), images, parameters, masks, plan, gradients))
+    else:
+        kept.begin(None)
+        if wanted.tail_weight is not None:
+            wanted.tail_weight.zero_()
     for j in reversed(range(len(groups))):
         group, c = groups[j], plan.slot(j)
-        raw_y = images(raw_rows[:, c : c + k].contiguous())
+        raw_y = contiguous.pop(c) if c in contiguous else raw(c, c + k)
         dy = norm.backward(images(kept.enter(j)), raw_y, c - offset, wanted.norm_weight, wanted.norm_bias)
         if c in passed:
             dy += images(passed.pop(c))
@@ -176,7 +187,7 @@ def stage_backward(
             [True, d_transform is not None, False],
         )  # fmt: skip
         if d_transform is not None:
-            store_turned(dw, d_transform[j], plan, j, over_window=not plan.bottleneck)
+            d_transform[j].copy_(dw) if plan.bottleneck else store(dw, d_transform[j], j, plan)
         if reduce_norm is None:
             d_window = pixels(du)
         else:
@@ -184,22 +195,18 @@ def stage_backward(
             grad = aten.threshold_backward(du, u, 0)
             dz = pixels(reduce_norm.backward(grad, raw_z, j * k, wanted.reduce_norm_weight, wanted.reduce_norm_bias))
             if d_reduce:
-                store_turned(dz.t() @ window, d_reduce[j], plan, j, over_window=True)
+                store(product_over_pixels(dz, window, images), d_reduce[j], j, plan)
             if pixel_mask is None:
                 kept.add_product(j, dz, reduce[j])
                 continue
             d_window = dz @ reduce[j]
         kept.add(j, d_window if pixel_mask is None else d_window * pixel_mask)
 
-    activated, d_activated = kept.input_rows()
     dx = gradients.x
+    through_norm = images(kept.input_gradient(in_front_of_relu=plan.raw_input))
     if plan.raw_input:
         # Also where x needs no gradient: its BN's affine belongs to this stage.
-        grad = aten.threshold_backward(d_activated, activated, 0)
-        raw_x = images(raw_rows[:, :width].contiguous())
-        through_norm = norm.backward(images(grad), raw_x, 0, wanted.norm_weight, wanted.norm_bias)
-    else:
-        through_norm = images(d_activated)
+        through_norm = norm.backward(through_norm, raw(0, width), 0, wanted.norm_weight, wanted.norm_bias)
     if dx is None:
         return
     dx.copy_(through_norm)
@@ -211,22 +218,20 @@ def stage_backward(
 
 def d_end(
     d_out: Tensor,
-    activate: Activate,
+    end_rows: Tensor,
     images: Images,
     parameters: StageParameters,
     masks: tuple[Tensor, ...] | None,
     plan: Plan,
     gradients: StageGradients,
 ) -> Tensor:
-    """Gradient [P, read_channels] of what leaves the buffer, through the tail; writes the tail weight's."""
+    """Gradient of `end_rows` [P, read_channels], which leave the buffer, through the tail; writes its weight's."""
     tail = plan.tail
     if tail is None:
         return pixels(d_out)
     assert parameters.tail_weight is not None
     wanted = gradients.parameters.tail_weight
-    activated = pixels(d_out).new_empty(images.batch * images.height * images.width, plan.read_channels)
-    activate(plan.total_channels - plan.read_channels, plan.total_channels, activated)
-    end = images(activated)
+    end = images(end_rows)
     if masks is not None:
         end = end * masks[-1][:, :, None, None]
     end = torch.cat([end] * tail.repeats, 1) if tail.repeats > 1 else end

@@ -6,6 +6,7 @@ B adds them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.aten_packed import packed_convolution, remembered
 from seqconv_triton.backend.aten_parts import (
     Images,
     convolution,
@@ -22,7 +24,8 @@ from seqconv_triton.backend.aten_parts import (
     tail_convolution,
     window_rows,
 )
-from seqconv_triton.backend.aten_windows import turned, turned_masks, windows
+from seqconv_triton.backend.aten_ring import placed, placed_masks
+from seqconv_triton.backend.aten_windows import Ring, Strips, windows
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
 
@@ -39,12 +42,44 @@ class Folded(NamedTuple):
     reduce_shift: tuple[Tensor, ...]  # [k] each
     transform: tuple[Tensor, ...]
     transform_shift: tuple[Tensor | None, ...]  # None: the raw output is needed, BN follows on its own
+    packed: bool = False  # weights laid out by oneDNN (`aten_packed.py`)
+
+    def hidden(self, j: int, window: Tensor, images: Images) -> Tensor:
+        """Group j's 1×1 conv and ReLU on rows [P, columns]."""
+        weight, shift = self.reduce[j], self.reduce_shift[j]
+        if self.packed:
+            return pixels(packed_convolution(images(window), weight, shift, 0, 1, "relu"))
+        return pointwise(window, weight, shift, images).relu_()
+
+    def transformed(self, j: int, x: Tensor, subgroups: int) -> Tensor:
+        """Group j's 3×3 conv."""
+        weight, shift = self.transform[j], self.transform_shift[j]
+        if self.packed:
+            return packed_convolution(x, weight, shift, 1, subgroups, "none")
+        return convolution(x, weight, shift, 1, subgroups)
+
+
+# (weight, j, plan, scale): group j's weight times its scale, if there is one.
+Place = Callable[[Tensor, int, Plan, Tensor | None], Tensor]
+
+
+def scaled(weight: Tensor, j: int, plan: Plan, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight * scale
 
 
 def fold(
-    parameters: StageParameters, statistics: Statistics, plan: Plan, eps: float, dtype: torch.dtype, added: bool
+    parameters: StageParameters,
+    statistics: Statistics,
+    plan: Plan,
+    eps: float,
+    dtype: torch.dtype,
+    added: bool,
+    place: Place = scaled,
 ) -> Folded:
-    """Fold once for all images; `added`: a shortcut from outside comes between every 3×3 conv and its BN."""
+    """Fold once for all images; `added`: a shortcut from outside comes between every 3×3 conv and its BN.
+
+    `place` gives weights over windows the order in which the caller keeps windows.
+    """
     k = plan.group_width
     done = statistics.mean is None  # by `fuse`
     norm, reduce_norm = norms(parameters, statistics, eps, batch=False)
@@ -56,24 +91,26 @@ def fold(
     reduce_shift: tuple[Tensor, ...] = ()
     if reduce_norm is not None:
         reduce_scale, shifts = (vector.to(dtype).split(k) for vector in reduce_norm.fold())
-        reduce = window_rows(parameters.reduce_weight, plan)
-        if not done:
-            reduce = tuple(weight * own[:, None] for weight, own in zip(reduce, reduce_scale, strict=True))
+        scales = [None] * len(reduce_scale) if done else [own[:, None] for own in reduce_scale]
+        weights = window_rows(parameters.reduce_weight, plan)
+        reduce = tuple(place(weight, j, plan, own) for j, (weight, own) in enumerate(zip(weights, scales, strict=True)))
         reduce_shift = tuple(shifts)
     transform = list(transform_weights(parameters.transform_weight, plan))
     transform_shift: list[Tensor | None] = [None] * len(transform)
     # `fuse` leaves room for the shortcut that a single layer may be given.
+    factors: list[Tensor | None] = [None] * len(transform)
     for j in () if added or (done and plan.is_single_layer) else plan.foldable_groups:
         own = slice(plan.slot(j), plan.slot(j) + k)
-        if not done:
-            transform[j] = transform[j] * scale[own, None, None, None]
+        factors[j] = None if done else scale[own, None, None, None]
         transform_shift[j] = shift[own]
+    over_window = scaled if plan.bottleneck else place
+    transform = [over_window(weight, j, plan, factors[j]) for j, weight in enumerate(transform)]
     return Folded(scale, shift, reduce, reduce_shift, tuple(transform), tuple(transform_shift))
 
 
 def images_per_chunk(x: Tensor, plan: Plan) -> int:
     """How many images' activated channels fit into CHUNK_BYTES, in even shares of the batch."""
-    strip = plan.in_channels if plan.slides else max(segment.stop - segment.start for segment in plan.segments)
+    strip = plan.ring_channels or max(segment.stop - segment.start for segment in plan.segments)
     fit = max(1, CHUNK_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
     return -(-x.shape[0] // -(-x.shape[0] // fit))
 
@@ -89,17 +126,21 @@ def evaluate(
     out: Tensor,
 ) -> None:
     """Fill `out` with running statistics; nothing links the images, so they go through a few at a time."""
-    folded = fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
-    # Exported graphs take the weights as they are; here they are turned as the window lies in memory.
-    if plan.bottleneck:
-        folded = folded._replace(reduce=turned(folded.reduce, plan))
-    else:
-        folded = folded._replace(transform=turned(folded.transform, plan))
     chunk = images_per_chunk(x, plan)
+
+    def fold_here() -> Folded:
+        return fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None, placed)
+
+    if statistics.mean is None and shortcut is None:
+        folded = remembered(parameters, plan, eps, x[:chunk], fold_here)
+    else:
+        folded = fold_here()
+    kept = None
     for start in range(0, x.shape[0], chunk):
         own = slice(start, start + chunk)
         own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
-        _evaluate_chunk(x[own], own_shortcut, folded, parameters.tail_weight, own_mask, plan, out[own])
+        kept = windows(plan, pixels(x[own]), kept)
+        _evaluate_chunk(x[own], own_shortcut, folded, parameters.tail_weight, own_mask, plan, out[own], kept)
 
 
 def _evaluate_chunk(
@@ -110,30 +151,31 @@ def _evaluate_chunk(
     mask: Tensor | None,
     plan: Plan,
     out: Tensor,
+    kept: Ring | Strips,
 ) -> None:
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images, rows = Images(x), pixels(x)
-    masks = None if mask is None else turned_masks(mask.to(x.dtype), plan)
+    masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
     subgroups = plan.subgroups if plan.bottleneck else 1
-    kept = windows(plan, rows)
     if plan.raw_input:
         activated = torch.addcmul(folded.shift[:width], rows, folded.scale[:width])
-        torch.clamp_min(activated, 0, out=kept.activated_input)
+        for own, into in kept.input_pieces():
+            torch.clamp_min(activated[:, own], 0, out=into)
     else:
-        kept.activated_input.copy_(rows)
+        for own, into in kept.input_pieces():
+            into.copy_(rows[:, own])
     for j, group in enumerate(groups):
         c = plan.slot(j)
         window = kept.window(j)
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
         if folded.reduce:
-            window = pointwise(window, folded.reduce[j], folded.reduce_shift[j], images).relu_()
-        bias = folded.transform_shift[j]
-        y = convolution(images(window), folded.transform[j], bias, 1, subgroups)
+            window = folded.hidden(j, window, images)
+        y = folded.transformed(j, images(window), subgroups)
         slot = kept.slot(j)
-        if bias is None:
+        if folded.transform_shift[j] is None:
             if shortcut is not None:
                 y += shortcut[:, j * k : (j + 1) * k]
             elif group.residual_start is not None:

@@ -1,8 +1,9 @@
 """The windows of `aten_windows.py` walked backwards: activated channels, computed again, and their gradients.
 
-`enter(j)` steps back to group j and gives the gradient [P, k] of its own channels in front of their ReLU. After it
-`window(j)` is what the group read, and `add` and `add_product` add to the gradient of that. `input_rows()`, at last, is
-the stage's input: activated, and the gradient of that.
+First `end()` is what leaves the buffer, and `begin` takes the gradient of that. Then, from the last group to the first,
+`enter(j)` steps back to group j and gives the gradient [P, k] of its own channels in front of their ReLU; after it
+`window(j)` is what the group read, and `add` and `add_product` add to the gradient of that. Last `input_gradient` is
+that of the stage's input.
 """
 
 from __future__ import annotations
@@ -13,40 +14,61 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend.aten_parts import Images, add_product_
+from seqconv_triton.backend.aten_ring import column, pieces
 from seqconv_triton.plan import Plan, Segment
 
-# Fills rows [P, stop - start] with the activated buffer channels [start, stop).
-Activate = Callable[[int, int, Tensor], None]
+# Fills rows [P, …] with the activated buffer channels from the given one on.
+Activate = Callable[[int, Tensor], None]
+aten = torch.ops.aten
 
 
 class GradientRing:
-    """The channels of one window, column c % C for buffer channel c (`Ring`)."""
+    """The newest channels in front of a group, in the columns of `aten_ring.py`."""
 
-    def __init__(self, plan: Plan, activate: Activate, like: Tensor, images: Images, d_end: Tensor | None) -> None:
-        self.plan, self.activate, self.images, self.d_end = plan, activate, images, d_end
+    def __init__(self, plan: Plan, activate: Activate, like: Tensor, images: Images, ring: int) -> None:
+        self.plan, self.activate, self.images, self.ring = plan, activate, images, ring
+        self.rows = like.new_empty(like.shape[0], ring)
         self.first = plan.total_channels - plan.read_channels
-        self.rows = like.new_empty(like.shape[0], plan.in_channels)
-        self.gradient = torch.zeros_like(self.rows)
-        for start in range(plan.total_channels - plan.in_channels, plan.total_channels, plan.group_width):
-            self._take_in(start)
+        self.d_end: Tensor | None = None
+        for start in range(plan.total_channels - ring, plan.total_channels, plan.group_width):
+            activate(start, self.rows[:, self._columns(start)])
 
     def _columns(self, channel: int) -> slice:
-        column = channel % self.plan.in_channels
-        return slice(column, column + self.plan.group_width)
+        start = column(channel, self.plan)
+        return slice(start, start + self.plan.group_width)
+
+    def end(self) -> Tensor:
+        missing = self.plan.read_channels - self.ring
+        if missing <= 0:
+            return self.rows[:, -self.plan.read_channels :]
+        end = self.rows.new_empty(self.rows.shape[0], self.plan.read_channels)
+        self.activate(self.first, end[:, :missing])
+        end[:, missing:] = self.rows
+        return end
+
+    def begin(self, d_end: Tensor | None) -> None:
+        """The gradient [P, read] of `end()`, which is left as it is."""
+        self.gradient = torch.zeros_like(self.rows)
+        if d_end is not None:
+            newest = min(self.ring, d_end.shape[1])
+            self.gradient[:, -newest:] = d_end[:, -newest:]
+            self.d_end = d_end if d_end.shape[1] > self.ring else None
 
     def _take_in(self, start: int) -> None:
         """Channels [start, start + k) come in: activated, with the gradient that they have from outside."""
         own, k = self._columns(start), self.plan.group_width
-        self.activate(start, start + k, self.rows[:, own])
+        self.activate(start, self.rows[:, own])
         gradient = self.gradient[:, own].zero_()
         outside = max(start, self.first)  # the input's channels need not begin a group
         if self.d_end is not None and outside < start + k:
             gradient[:, outside - start :] = self.d_end[:, outside - self.first : start + k - self.first]
 
     def enter(self, j: int) -> Tensor:
-        own = self._columns(self.plan.slot(j))
-        gradient: Tensor = torch.ops.aten.threshold_backward(self.gradient[:, own], self.rows[:, own], 0)
-        self._take_in(self.plan.groups[j].window_start)
+        slot = self.plan.slot(j)
+        own = self._columns(slot)
+        gradient: Tensor = aten.threshold_backward(self.gradient[:, own], self.rows[:, own], 0)
+        if slot >= self.ring:
+            self._take_in(slot - self.ring)
         return gradient
 
     def window(self, j: int) -> Tensor:
@@ -59,35 +81,47 @@ class GradientRing:
         """The gradient of the window grows by dz [P, k] times weight [k, window]."""
         add_product_(self.gradient, dz, weight, self.images)
 
-    def input_rows(self) -> tuple[Tensor, Tensor]:
-        return self.rows, self.gradient
+    def input_gradient(self, in_front_of_relu: bool) -> Tensor:
+        parts = []
+        for _, columns in pieces(0, self.plan.in_channels, self.plan):
+            gradient = self.gradient[:, columns]
+            parts.append(aten.threshold_backward(gradient, self.rows[:, columns], 0) if in_front_of_relu else gradient)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class GradientStrips:
     """Strips of one `Segment` each (`Strips`)."""
 
-    def __init__(self, plan: Plan, activate: Activate, like: Tensor, images: Images, d_end: Tensor | None) -> None:
+    def __init__(self, plan: Plan, activate: Activate, like: Tensor) -> None:
         self.plan, self.activate = plan, activate
         self.segments = iter(reversed(plan.segments))
         self.segment = next(self.segments)
-        self.rows, self.gradient = self._allocate(like, self.segment)
-        if d_end is not None:
-            self.gradient[:, -plan.read_channels :] = d_end
+        self.rows = self._activated(like, self.segment)
 
-    def _allocate(self, like: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    def _activated(self, like: Tensor, segment: Segment) -> Tensor:
         rows = like.new_empty(like.shape[0], segment.stop - segment.start)
-        self.activate(segment.start, segment.stop, rows)
-        return rows, torch.zeros_like(rows)
+        self.activate(segment.start, rows)
+        return rows
+
+    def end(self) -> Tensor:
+        return self.rows[:, -self.plan.read_channels :]
+
+    def begin(self, d_end: Tensor | None) -> None:
+        """The gradient [P, read] of `end()`, which is left as it is."""
+        self.gradient = torch.zeros_like(self.rows)
+        if d_end is not None:
+            self.gradient[:, -self.plan.read_channels :] = d_end
 
     def enter(self, j: int) -> Tensor:
         if j < self.segment.first:
             later, gradient = self.segment, self.gradient
             self.segment = next(self.segments)
-            self.rows, self.gradient = self._allocate(gradient, self.segment)
+            self.rows = self._activated(gradient, self.segment)
+            self.gradient = torch.zeros_like(self.rows)
             self.gradient[:, later.start - self.segment.start :] = gradient[:, : self.segment.stop - later.start]
         start = self.plan.slot(j) - self.segment.start
         own = slice(start, start + self.plan.group_width)
-        gradient_in_front: Tensor = torch.ops.aten.threshold_backward(self.gradient[:, own], self.rows[:, own], 0)
+        gradient_in_front: Tensor = aten.threshold_backward(self.gradient[:, own], self.rows[:, own], 0)
         return gradient_in_front
 
     def _view(self, j: int) -> slice:
@@ -105,13 +139,16 @@ class GradientStrips:
         """The gradient of the window grows by dz [P, k] times weight [k, window]."""
         self.gradient[:, self._view(j)].addmm_(dz, weight)
 
-    def input_rows(self) -> tuple[Tensor, Tensor]:
+    def input_gradient(self, in_front_of_relu: bool) -> Tensor:
         width = self.plan.in_channels
-        return self.rows[:, :width], self.gradient[:, :width]
+        gradient = self.gradient[:, :width]
+        if not in_front_of_relu:
+            return gradient
+        through: Tensor = aten.threshold_backward(gradient, self.rows[:, :width], 0)
+        return through
 
 
-def gradient_windows(
-    plan: Plan, activate: Activate, like: Tensor, images: Images, d_end: Tensor | None
-) -> GradientRing | GradientStrips:
-    """Windows for a backward pass over as many pixels as `like` [P, …] has; d_end [P, read] comes from outside."""
-    return (GradientRing if plan.slides else GradientStrips)(plan, activate, like, images, d_end)
+def gradient_windows(plan: Plan, activate: Activate, like: Tensor, images: Images) -> GradientRing | GradientStrips:
+    """Windows for a backward pass over as many pixels as `like` [P, …] has."""
+    ring = plan.ring_channels
+    return GradientStrips(plan, activate, like) if ring is None else GradientRing(plan, activate, like, images, ring)

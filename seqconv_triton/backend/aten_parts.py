@@ -114,6 +114,11 @@ def onednn_takes(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
+def worth_onednn(grad: Tensor) -> bool:
+    """Whether its 1×1 gradients repay the reordering of their weights (bench/results: below, the BLAS is as fast)."""
+    return onednn_takes(grad) and grad.is_contiguous() and grad.shape[0] >= 256 and grad.shape[1] >= 16
+
+
 def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None, images: Images) -> Tensor:
     """1×1 conv of rows [P, C] with weight [k, C]: [P, k].
 
@@ -138,13 +143,25 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1,
 
 def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> None:
     """into [P, C] += rows [P, k] @ weight [k, C]; oneDNN as in `pointwise`, which can add as it stores."""
-    if onednn_takes(into) and into.is_contiguous() and rows.is_contiguous():
+    if worth_onednn(rows) and into.is_contiguous():
         add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
         weight = weight.t()[:, :, None, None]
         one = (1, 1)
         add_in_place(images(into), images(rows), weight, None, (0, 0), one, one, 1, "add", None, None, [], None)
     else:
         into.addmm_(rows, weight)
+
+
+def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
+    """Weight gradient of `pointwise`: grad [P, k] transposed times rows [P, C]."""
+    if worth_onednn(grad) and rows.is_contiguous():
+        like = rows.new_empty(grad.shape[1], rows.shape[1], 1, 1)
+        one, none = [1, 1], [0, 0]
+        dw: Tensor = aten.convolution_backward(
+            images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
+        )[1]
+        return dw.flatten(1)
+    return grad.t() @ rows
 
 
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:

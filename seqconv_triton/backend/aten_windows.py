@@ -1,54 +1,62 @@
 """Where the aten backend keeps activated channels, as rows [P, channels], while it walks the groups of a stage.
 
-Two ways with one interface: `window(j)` is what group j reads, `slot(j)` where its own channels go, and `end()`, after
-the last group, the channels that leave the buffer. `activated_input` is where the stage's input goes first.
+Two ways with one interface: `input_pieces()` is where the stage's input goes first, `window(j)` what group j reads,
+`slot(j)` where its own channels go, and `end()`, after the last group, the channels that leave the buffer.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seqconv_triton.backend.aten_parts import window_rows
-from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.backend.aten_ring import column, pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seqconv_triton.backend import StageParameters
     from seqconv_triton.plan import Plan
 
 
 class Ring:
-    """The newest C channels, side by side: a group's output takes the place of the channels that nobody reads again.
+    """The newest channels, in the columns of `aten_ring.py`; for plans with `ring_channels`."""
 
-    Buffer channel c lies in column c % C, so that a window is the whole ring, without a gap, and the weights over it
-    are turned instead (`turned`). For plans that slide (`Plan.slides`).
-    """
-
-    def __init__(self, plan: Plan, like: Tensor) -> None:
-        self.plan = plan
-        self.rows = like.new_empty(like.shape[0], plan.in_channels)
+    def __init__(self, plan: Plan, like: Tensor, ring: int) -> None:
+        self.plan, count = plan, like.shape[0]
+        self.rows = like.new_empty(count, ring)
+        self.clear()
         self.first = plan.total_channels - plan.read_channels
-        self.last = like.new_empty(like.shape[0], plan.read_channels)
-        self.activated_input = self.rows
+        # More channels than the ring holds leave the stage: they gather beside it.
+        self.gathered = like.new_empty(count, plan.read_channels) if plan.read_channels > ring else None
+
+    def clear(self) -> None:
+        """A column that nobody has written yet meets weights of zero, and must not hold NaN."""
+        if not self.plan.uniform:
+            self.rows.zero_()
+
+    def input_pieces(self) -> list[tuple[slice, Tensor]]:
+        """Parts of the input's channels, and where each belongs."""
+        return [(own, self.rows[:, columns]) for own, columns in pieces(0, self.plan.in_channels, self.plan)]
 
     def window(self, j: int) -> Tensor:
-        if j == 0 and self.first < self.plan.in_channels:
-            self.last[:, : self.plan.in_channels - self.first] = self.rows[:, self.first :]
+        width = self.plan.in_channels
+        if j == 0 and self.gathered is not None and self.first < width:
+            for own, rows in self.input_pieces():
+                start = max(own.start, self.first)
+                if start < own.stop:
+                    self.gathered[:, start - self.first : own.stop - self.first] = rows[:, start - own.start :]
         return self.rows
 
     def slot(self, j: int) -> Tensor:
-        column = self.plan.slot(j) % self.plan.in_channels
-        return self.rows[:, column : column + self.plan.group_width]
+        start = column(self.plan.slot(j), self.plan)
+        return self.rows[:, start : start + self.plan.group_width]
 
     def written(self, j: int) -> None:
         """Group j's slot has been filled."""
         place = self.plan.slot(j) - self.first
-        if place >= 0:
-            self.last[:, place : place + self.plan.group_width] = self.slot(j)
+        if self.gathered is not None and place >= 0:
+            self.gathered[:, place : place + self.plan.group_width] = self.slot(j)
 
     def end(self) -> Tensor:
-        return self.last
+        return self.rows[:, self.rows.shape[1] - self.plan.read_channels :] if self.gathered is None else self.gathered
 
 
 class Strips:
@@ -59,10 +67,14 @@ class Strips:
         self.segments = iter(plan.segments)
         self.segment = next(self.segments)
         self.rows = self._allocate(like)
-        self.activated_input = self.rows[:, : plan.in_channels]
 
     def _allocate(self, like: Tensor) -> Tensor:
         return like.new_empty(self.count, self.segment.stop - self.segment.start)
+
+    def input_pieces(self) -> list[tuple[slice, Tensor]]:
+        """Parts of the input's channels, and where each belongs."""
+        width = self.plan.in_channels
+        return [(slice(0, width), self.rows[:, :width])]
 
     def window(self, j: int) -> Tensor:
         if j == self.segment.last:
@@ -86,35 +98,12 @@ class Strips:
         return self.rows[:, -self.plan.read_channels :]
 
 
-def windows(plan: Plan, like: Tensor) -> Ring | Strips:
-    """Room for the activated channels of as many pixels as `like` [P, …] has."""
-    return Ring(plan, like) if plan.slides else Strips(plan, like)
+def windows(plan: Plan, like: Tensor, before: Ring | Strips | None = None) -> Ring | Strips:
+    """Room for the activated channels of as many pixels as `like` [P, …] has; that of `before`, where it fits.
 
-
-def turned(weights: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, ...]:
-    """What goes with windows, channels in dimension 1 ([k, window, …], [N, window]), in the order of their columns."""
-    if not (weights and plan.slides):  # basic layers have no 1×1 weights
-        return weights
-    groups = zip(weights, plan.groups, strict=True)
-    return tuple(w.roll(group.window_start % plan.in_channels, 1) for w, group in groups)
-
-
-def turned_weights(parameters: StageParameters, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The 1×1 convs [k, window] and the 3×3 convs of all groups, those over windows as `turned`."""
-    reduce = turned(window_rows(parameters.reduce_weight, plan), plan)
-    transform = transform_weights(parameters.transform_weight, plan)
-    return reduce, transform if plan.bottleneck else turned(transform, plan)
-
-
-def turned_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """`group_masks`, in the order of the windows' columns; the tail's as it is."""
-    masks, count = group_masks(mask, plan), len(plan.groups)
-    return turned(masks[:count], plan) + masks[count:]
-
-
-def store_turned(gradient: Tensor, into: Tensor, plan: Plan, j: int, *, over_window: bool) -> None:
-    """The weight gradient of group j, over its window as its columns lie, in the order of the weight."""
-    shift = plan.groups[j].window_start % plan.in_channels if over_window and plan.slides else 0
-    channels = into.shape[1]
-    into[:, : channels - shift] = gradient[:, shift:]
-    into[:, channels - shift :] = gradient[:, :shift]
+    Fresh memory costs a page fault every 4 KiB.
+    """
+    if isinstance(before, Ring) and before.rows.shape[0] == like.shape[0]:
+        before.clear()
+        return before
+    return Strips(plan, like) if plan.ring_channels is None else Ring(plan, like, plan.ring_channels)

@@ -1,0 +1,75 @@
+"""The ring of the aten backend: which column a buffer channel lies in, and weights placed to match.
+
+A window lies in the ring without gaps between its rows, as oneDNN wants it, but turned, and perhaps among columns that
+the group does not read. Weights over the window follow: turned the same way, with zeros for those columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqconv_triton.backend import StageParameters
+from seqconv_triton.backend.aten_parts import window_rows
+from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.plan import Plan
+
+# Where a part lies among some channels, and in which columns of the ring.
+Piece = tuple[slice, slice]
+
+
+def column(channel: int, plan: Plan) -> int:
+    """That of a buffer channel; the last ones, which leave the stage, stand in their own order."""
+    assert plan.ring_channels is not None
+    return (channel - plan.total_channels) % plan.ring_channels
+
+
+def pieces(start: int, width: int, plan: Plan) -> list[Piece]:
+    """The buffer channels [start, start + width), one piece or, around the end of the ring, two."""
+    assert plan.ring_channels is not None
+    first = column(start, plan)
+    before = min(width, plan.ring_channels - first)
+    found = [(slice(0, before), slice(first, first + before))]
+    if before < width:
+        found.append((slice(before, width), slice(0, width - before)))
+    return found
+
+
+def placed(weight: Tensor, j: int, plan: Plan, scale: Tensor | None = None) -> Tensor:
+    """What goes with group j's window, channels in dimension 1, times `scale`, in the order of the columns read."""
+    group, ring = plan.groups[j], plan.ring_channels
+    if ring is None or (group.window_width == ring and column(group.window_start, plan) == 0):
+        return weight if scale is None else weight * scale
+    new = weight.new_empty if group.window_width == ring else weight.new_zeros
+    out = new((weight.shape[0], ring, *weight.shape[2:]))
+    for own, columns in pieces(group.window_start, group.window_width, plan):
+        if scale is None:
+            out[:, columns] = weight[:, own]
+        else:
+            torch.mul(weight[:, own], scale, out=out[:, columns])
+    return out
+
+
+def placed_weights(parameters: StageParameters, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The 1×1 convs [k, columns] and the 3×3 convs of all groups, those over windows as `placed`."""
+    reduce = tuple(placed(w, j, plan) for j, w in enumerate(window_rows(parameters.reduce_weight, plan)))
+    transform = transform_weights(parameters.transform_weight, plan)
+    if not plan.bottleneck:
+        transform = tuple(placed(w, j, plan) for j, w in enumerate(transform))
+    return reduce, transform
+
+
+def placed_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """`group_masks`, in the order of the columns read; the tail's as it is."""
+    masks, count = group_masks(mask, plan), len(plan.groups)
+    return tuple(placed(m, j, plan) for j, m in enumerate(masks[:count])) + masks[count:]
+
+
+def store(gradient: Tensor, into: Tensor, j: int, plan: Plan) -> None:
+    """The gradient of what `placed` gave, in the order of the weight."""
+    if plan.ring_channels is None:
+        into.copy_(gradient)
+        return
+    group = plan.groups[j]
+    for own, columns in pieces(group.window_start, group.window_width, plan):
+        into[:, own] = gradient[:, columns]
