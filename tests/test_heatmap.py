@@ -252,10 +252,10 @@ class Code:
 
 ERRORS: dict[str, tuple[object, list[str], str]] = {
     "missing": (None, [], "No such file"),
-    "empty": (b"", [], "is no checkpoint"),
-    "text": (b"<html>", [], "is no checkpoint"),
-    "code": (pickle.dumps(Code()), [], "holds code, which is not run"),
-    "half": (lambda path: torch_bytes(trained())[:5000], [], "only part of one"),
+    "empty": (b"", [], "is empty (0 bytes)"),
+    "text": (b"<html>", [], "is no PyTorch file"),
+    "code": (pickle.dumps(Code()), [], "holds other objects than tensors and plain values: code is not run"),
+    "half": (lambda path: torch_bytes(trained())[:5000], [], "damaged or was only half written"),
     "list": ([1, 2], [], "holds a list"),
     "no-weights": ({"epoch": 3}, [], "holds no weights"),
     "numbers-for-names": (lambda path: {1: torch.zeros(2)}, ["--model", NAMED], "holds no weights"),
