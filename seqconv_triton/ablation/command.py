@@ -19,7 +19,7 @@ from seqconv_triton.training.loop import History
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=SETTINGS, default="digits", help="default: digits, some minutes on a CPU")
-    parser.add_argument("--root", type=Path, help="folder that holds cifar-10-batches-py/ (cifar10 only)")
+    parser.add_argument("--root", type=Path, help="folder of CIFAR-10's archive for Python (cifar10 only)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
     parser.add_argument("--epochs", type=int, help="default: 30 on digits, the paper's 300 on cifar10")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help=f"some of {', '.join(CONTESTANTS)}")
