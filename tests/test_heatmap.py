@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,9 +318,3 @@ def test_errors_are_one_line_and_write_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["heatmap", "none.pt", "--output", "map.png"]) == 2
-    assert "pip install seqconv-triton[plot]" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from seqconv_triton.optional import require
 from seqconv_triton.training import cifar
 from seqconv_triton.training.config import Config
 from seqconv_triton.training.images import Preprocess
@@ -47,10 +48,9 @@ class DigitsSource:
     """scikit-learn's handwritten digits, in memory; augmentation is a random shift."""
 
     def __init__(self, config: Config, preprocess: Preprocess | None = None) -> None:
-        try:
-            from seqconv_triton.training import digits
-        except ImportError as error:
-            raise ImportError(f"the digits need {error.name}: pip install seqconv-triton[train]") from error
+        require("loading the digits", "train", "sklearn")
+        from seqconv_triton.training import digits
+
         self._shift = digits.shift_randomly
         self._data = digits.load(config.train_images)
         self._seed, self._max_shift = config.seed, config.max_shift
