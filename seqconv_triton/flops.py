@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from seqconv_triton.plan import Plan
+from seqconv_triton.plan_text import decode
 
 
 def register_flops() -> None:
@@ -46,13 +46,13 @@ def _register() -> dict[Any, Callable[..., int]]:
 
 # Tensors arrive as their shapes.
 def stage_forward(x: list[int], *arguments: Any, **_: Any) -> int:
-    plan = Plan.decode(next(a for a in arguments if isinstance(a, str)))
+    plan = decode(next(a for a in arguments if isinstance(a, str)))
     return 2 * x[0] * sum(plan.multiply_adds(x[2], x[3]))
 
 
 def stage_backward(d_out: Any, d_buffer: Any, buffer: list[int], z: list[int], *arguments: Any, **_: Any) -> int:
     """The gradient of every conv's input, of the weights that are not frozen, and z again where it was not kept."""
-    plan = Plan.decode(next(a for a in arguments if isinstance(a, str)))
+    plan = decode(next(a for a in arguments if isinstance(a, str)))
     needs = next(a for a in arguments if isinstance(a, list) and a and isinstance(a[0], bool))
     reduce, transform, tail = plan.multiply_adds(buffer[2], buffer[3])
     weights = needs[2] * reduce + needs[5] * transform + needs[8] * tail

@@ -15,6 +15,7 @@ from seqconv_triton.backend.packing import statistics_dtype
 from seqconv_triton.checks import check_images, check_stage
 from seqconv_triton.flops import register_flops
 from seqconv_triton.plan import Plan
+from seqconv_triton.plan_text import encode
 
 
 def stage(
@@ -71,7 +72,7 @@ def stage(
         keep = keep_buffer or differentiable
         out, buffer, _, *batch, counts = torch.ops.seqconv_triton.stage_forward(
             x, shortcut, *parameters, *(statistics or (None,) * 4), mask,
-            plan.encode(), eps, statistics is None, keep, differentiable and not recompute, process_group, backend,
+            encode(plan), eps, statistics is None, keep, differentiable and not recompute, process_group, backend,
         )  # fmt: skip
     taken = None
     if statistics is None:

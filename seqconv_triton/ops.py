@@ -16,6 +16,7 @@ from seqconv_triton.backend import StageGradients, StageParameters, Statistics, 
 from seqconv_triton.backend.across_ranks import AcrossRanks, process_group
 from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
 from seqconv_triton.plan import Plan
+from seqconv_triton.plan_text import decode
 
 
 def implementation(name: str) -> Any:
@@ -76,7 +77,7 @@ def stage_forward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    decoded = Plan.decode(plan)
+    decoded = decode(plan)
     out, buffer, z, *batch, counts = _allocate_forward(x, decoded, batch_statistics, keep, keep_inner, group)
     parameters = StageParameters(
         reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
@@ -99,7 +100,7 @@ def stage_forward(
 @stage_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     plan, _, batch_statistics, keep, keep_inner, group, _ = arguments[-7:]
-    return tuple(_allocate_forward(x, Plan.decode(plan), batch_statistics, keep, keep_inner, group))
+    return tuple(_allocate_forward(x, decode(plan), batch_statistics, keep, keep_inner, group))
 
 
 def _allocate_backward(
@@ -145,7 +146,7 @@ def stage_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    decoded = Plan.decode(plan)
+    decoded = decode(plan)
     parameters = StageParameters(
         reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
     )
@@ -169,7 +170,7 @@ def stage_backward(
 def _(d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     plan, _, _, has_shortcut, _, needs, _ = arguments[-7:]
     parameters = StageParameters(*arguments[:PARAMETERS])
-    return tuple(_allocate_backward(buffer, parameters, Plan.decode(plan), has_shortcut, needs))
+    return tuple(_allocate_backward(buffer, parameters, decode(plan), has_shortcut, needs))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -299,37 +299,6 @@ class Plan:
             last, previous = segments.pop(), segments.pop()
             segments.append(Segment(previous.first, last.last, previous.start, last.stop))
         return tuple(segments)
-
-    def encode(self) -> str:
-        """The plan as a short text, the form in which it goes through a registered op."""
-        layers = " ".join(
-            f"{layer.in_channels}>{layer.out_channels}{'w' * layer.windowed}{'r' * layer.residual}{'e' * layer.entry}"
-            for layer in self.layers
-        )
-        kind = f"k{self.group_width} {'bottleneck' if self.bottleneck else 'basic'} s{self.subgroups}"
-        source = "raw" if self.raw_input else "activated"
-        tail = self.tail
-        end = "none" if tail is None else (
-            f"{tail.out_channels} {tail.kernel_size} {tail.stride} {tail.groups} {tail.repeats}"
-        )  # fmt: skip
-        return f"{kind} | {source} | {layers} | {self.read_channels} | {end}"
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def decode(text: str) -> Plan:
-        """The inverse of `encode`."""
-        kind, source, layers, read, end = text.split(" | ")
-        width, shape, subgroups = kind.split()
-        parsed = []
-        for item in layers.split():
-            channels = item.rstrip("wre")
-            in_channels, out_channels = map(int, channels.split(">"))
-            flags = item[len(channels) :]
-            parsed.append(Layer(in_channels, out_channels, "w" in flags, "r" in flags, "e" in flags))
-        tail = None if end == "none" else Tail(*map(int, end.split()))
-        return Plan(
-            tuple(parsed), int(width[1:]), shape == "bottleneck", int(subgroups[1:]), int(read), source == "raw", tail
-        )
 
     def __str__(self) -> str:
         from seqconv_triton.picture import draw

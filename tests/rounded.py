@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqconv_triton.backend import FOLDED, StageParameters, Statistics, reference
 from seqconv_triton.layers import Stage
+from seqconv_triton.plan_text import encode
 
 
 def replaced(value: Tensor, by: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def compare(stage: Stage, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[st
     given = leaves(x.dtype, torch.float32)
     out, buffer, z, *batch, _ = torch.ops.seqconv_triton.stage_forward(
         given["x"], None, *packed(given), *(running or (None,) * 4), mask,
-        plan.encode(), stage.eps, training, True, True, "", "triton",
+        encode(plan), stage.eps, training, True, True, "", "triton",
     )  # fmt: skip
     got = gradients(out, given)
 

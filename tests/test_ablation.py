@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tarfile
 import types
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,8 @@ def test_digits_are_the_same_for_all_networks_and_new_for_every_seed() -> None:
         (["--seeds", "0"], "seeds (0) must be at least 1"),
         (["--epochs", "0"], "epochs (0) must be at least 1"),
         (["--root", "{tmp}"], "the digits data come with scikit-learn"),
-        (["--data", "cifar10"], "must be named: --root DIR with cifar-10-batches-py/"),
-        (["--data", "cifar10", "--root", "{tmp}"], "unpack cifar-10-python.tar.gz there"),
+        (["--data", "cifar10"], "must be named: --root DIR with cifar-10-python.tar.gz"),
+        (["--data", "cifar10", "--root", "{tmp}"], "; cifar10 reads {tmp}/cifar-10-batches-py/ or "),
     ],
 )
 def test_errors_are_one_line(
@@ -202,7 +203,7 @@ def test_errors_are_one_line(
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     assert main(["ablation", *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert message in error[-1] and not any("Traceback" in line for line in error)
+    assert message.format(tmp=tmp_path) in error[-1] and not any("Traceback" in line for line in error)
     assert not (tmp_path / "out").exists()
 
 
@@ -240,7 +241,7 @@ def test_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(ValueError, match=r"needs torchvision.*nms does not exist"):
+    with pytest.raises(ImportError, match=r"needs torchvision.*nms does not exist"):
         data.load(SETTINGS["cifar10"], tmp_path, 0)
 
 
@@ -250,8 +251,10 @@ def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.CIFAR10 = FakeCifar  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
-    (tmp_path / "cifar-10-batches-py").mkdir()
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(Path(__file__).parent / "conftest.py", "cifar-10-batches-py/data_batch_1")
     problem = data.load(SETTINGS["cifar10"], tmp_path, 0)
+    assert [file.name for file in (tmp_path / "cifar-10-batches-py").iterdir()] == ["data_batch_1"]
     source = torch.from_numpy(FakeCifar("", True, False).data).permute(0, 3, 1, 2).double() / 255
     mean, std = source.mean((0, 2, 3)), source.std((0, 2, 3), correction=0)
     whole = (source - mean[:, None, None]) / std[:, None, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,9 +59,3 @@ def test_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
         checkpoint.save({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert main(["demo"]) == 2
-    assert "pip install seqconv-triton[demo]" in capsys.readouterr().err

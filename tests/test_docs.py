@@ -10,6 +10,7 @@ import runpy
 import shlex
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +19,8 @@ import pytest
 
 import seqconv_triton as sct
 from seqconv_triton import cli
+from seqconv_triton.training import checkpoint, demo
+from seqconv_triton.training.log import Log, Row
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -107,6 +110,31 @@ def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "run_from_arguments", lambda arguments: called.append(command) or 0)
     assert cli.main(words[:end]) == 0
     assert called == [command]
+
+
+RUN = [(page, words) for page, words in COMMANDS if words[0] in {"heatmap", "history"} or "--dry-run" in words]
+
+
+@pytest.mark.parametrize(("page", "words"), RUN, ids=[" ".join(words) for _, words in RUN])
+def test_command_runs(
+    page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that take a second, as they stand in the page, where `demo` and two runs have left their files."""
+    pytest.importorskip("triton" if words[0] == "tune" else "matplotlib", reason="an optional package")
+    monkeypatch.chdir(tmp_path)
+    weights = demo.networks(10)["SeqResNet"]().state_dict()
+    checkpoint.save({"model": weights, "epochs": 1, "seed": 0}, Path("out/demo/seqresnet.pt"))
+    for name in ("run-a", "run-b"):
+        row = Row(1, 0.1, 2.0, 70.0, 1.5, 60.0, 1000.0, 1.0)
+        Log(Path("out", name), [asdict(row), asdict(row) | {"epoch": 2}], tensorboard=False).write()
+    assert cli.main(words) == 0, page
+    out, err = capsys.readouterr()
+    assert out and not err
+    assert len(list(tmp_path.rglob("*.png"))) == (words[0] != "tune")
+
+
+def test_commands_that_run_are_found() -> None:
+    assert {words[0] for _, words in RUN} == {"heatmap", "history", "tune"}
 
 
 OUTPUTS = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,10 +251,10 @@ class Code:
 
 ERRORS: dict[str, tuple[object, list[str], str]] = {
     "missing": (None, [], "No such file"),
-    "empty": (b"", [], "is no checkpoint"),
-    "text": (b"<html>", [], "is no checkpoint"),
-    "code": (pickle.dumps(Code()), [], "holds code, which is not run"),
-    "half": (lambda path: torch_bytes(trained())[:5000], [], "only part of one"),
+    "empty": (b"", [], "is empty (0 bytes)"),
+    "text": (b"<html>", [], "is no PyTorch file"),
+    "code": (pickle.dumps(Code()), [], "holds other objects than tensors and plain values: code is not run"),
+    "half": (lambda path: torch_bytes(trained())[:5000], [], "damaged or was only half written"),
     "list": ([1, 2], [], "holds a list"),
     "no-weights": ({"epoch": 3}, [], "holds no weights"),
     "numbers-for-names": (lambda path: {1: torch.zeros(2)}, ["--model", NAMED], "holds no weights"),
@@ -319,9 +318,3 @@ def test_errors_are_one_line_and_write_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["heatmap", "none.pt", "--output", "map.png"]) == 2
-    assert "pip install seqconv-triton[plot]" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import seqconv_triton as sct
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.plan_text import encode
 
 facility = pytest.mark.facility("opcheck with all its tests, every op, every dtype")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -35,7 +36,7 @@ def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = Tru
     mask = stage.draw_mask(x)
     return (
         *(x, shortcut, *parameters, *(statistics or (None,) * 4), mask),
-        *(plan.encode(), 1e-5, statistics is None, keep, keep, "", "aten"),
+        *(encode(plan), 1e-5, statistics is None, keep, keep, "", "aten"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seqconv_triton.plan import Group, Plan, Tail
+from seqconv_triton.plan_text import decode, encode
 
 
 def test_windowed_layer_slides_by_one_group() -> None:
@@ -74,7 +75,7 @@ def test_segments_cover_every_group_and_hold_what_it_touches() -> None:
     ids=["layer", "dense-bottleneck", "entry", "repeats"],
 )
 def test_text_form_comes_back(plan: Plan) -> None:
-    assert Plan.decode(plan.encode()) == plan
+    assert decode(encode(plan)) == plan
 
 
 def test_picture_shows_windows_outputs_and_shortcuts() -> None:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.plan_text import encode
 
 facility = pytest.mark.facility
 
@@ -138,7 +139,7 @@ def test_opcheck_over_ranks(group: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, 2, 3).to(dtype).requires_grad_()
     torch.library.opcheck(
         torch.ops.seqconv_triton.stage_forward.default,
-        (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, group, "aten"),
+        (x, None, *cast, *(None,) * 5, encode(stage.plan), 1e-5, True, True, True, group, "aten"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_opcheck_stage(place: torch.device, dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, 2, 3, device=place).to(dtype).requires_grad_()
     torch.library.opcheck(
         torch.ops.seqconv_triton.stage_forward.default,
-        (x, None, *cast, *(None,) * 5, stage.plan.encode(), 1e-5, True, True, True, "", "triton"),
+        (x, None, *cast, *(None,) * 5, encode(stage.plan), 1e-5, True, True, True, "", "triton"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
 

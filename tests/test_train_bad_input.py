@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from runs import TINY, tiny
 pytest.importorskip("sklearn", reason="the digits")
 
 from seqconv_triton.cli import COMMANDS, Command, main
-from seqconv_triton.training import checkpoint, train
+from seqconv_triton.training import checkpoint, data, train
+from seqconv_triton.training.data import Batch, DigitsSource
 from seqconv_triton.training.loop import Trainer
 
 
@@ -103,9 +104,9 @@ ROWS = {
     "checkpoint-is-a-folder": (["evaluate", "{0}/run"], 2, "is a folder.*best.pt"),
     "checkpoint-empty": (["evaluate", "{0}/empty.pt"], 2, r"is empty \(0 bytes\)"),
     "checkpoint-half": (["evaluate", "{0}/half.pt"], 2, "damaged or was only half written"),
-    "checkpoint-text": (["evaluate", "{0}/text.pt"], 2, "is no checkpoint of `train`: it is no PyTorch file"),
+    "checkpoint-text": (["evaluate", "{0}/text.pt"], 2, "text.pt is no PyTorch file"),
     "checkpoint-foreign": (["evaluate", "{0}/foreign.pt"], 2, "holds the keys state_dict, best_acc1"),
-    "checkpoint-with-objects": (["evaluate", "{0}/object.pt"], 2, "or holds other objects"),
+    "checkpoint-with-objects": (["evaluate", "{0}/object.pt"], 2, "holds other objects than tensors"),
     "checkpoint-newer": (["evaluate", "{0}/newer.pt"], 2, "has version 2"),
     "checkpoint-incomplete": (["evaluate", "{0}/lacks.pt"], 2, "lacks classes"),
     "checkpoint-of-another-model": (["evaluate", "{0}/other-model.pt"], 2, "weights are another model's"),
@@ -182,6 +183,41 @@ def test_unreadable_images_are_skipped_and_counted(
     out, err = capsys.readouterr()
     assert "good.png: " in out and (tmp_path / "sheet.png").exists()
     assert [line.split(":")[0] for line in err.splitlines()] == ["skipped"] * 4 + ["4 of 5 images skipped"]
+
+
+class Damaged(DigitsSource):
+    """The digits, with images on a disk that do not decode; more of them in the second epoch."""
+
+    def train_batches(self, epoch: int, pieces: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        self.unreadable += ["a.png (empty)"] if epoch == 1 else [f"{i}.png (cut)" for i in range(25)]
+        return super().train_batches(epoch, pieces)
+
+    def val_batches(self, pieces: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        self.unreadable += [] if "v.png (empty)" in self.unreadable else ["v.png (empty)"]
+        return super().val_batches(pieces)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_training_names_all_that_it_skipped_at_its_end(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is a success all the same; the epochs on the way name some of what is new."""
+    monkeypatch.setattr(data, "DigitsSource", Damaged)
+    command = [*TINY, "--train-images=20", f"--epochs={epochs}", "--output", str(tmp_path), "--quiet"]
+    assert main(command) == 0
+    first, second = ["a.png (empty)", "v.png (empty)"], [f"{i}.png (cut)" for i in range(25)]
+    expected = []
+    if epochs > 1:
+        expected += [f"skipped, does not decode: {line}" for line in first]
+        expected += ["so far 2 images that do not decode were skipped"]
+    if epochs > 2:
+        expected += [f"skipped, does not decode: {line}" for line in second[:20]]
+        expected += ["… and 5 more", "so far 27 images that do not decode were skipped"]
+    names = first + (second if epochs > 1 else [])
+    expected += [f"warning: {len(names)} images that do not decode were skipped:", *(f"  {line}" for line in names)]
+    assert capsys.readouterr().err.splitlines() == expected
+    assert main(["evaluate", str(tmp_path / "last.pt"), "--device=cpu"]) == 1
+    assert capsys.readouterr().err == "warning: 1 image that does not decode was skipped:\n  v.png (empty)\n"
 
 
 def fail_write(name: str, after: int) -> Callable[[Path, object], None]:

@@ -18,10 +18,17 @@ from seqconv_triton.training import checkpoint, train
 pytestmark = pytest.mark.xdist_group("ranks")
 
 # float64, so that what is left is rounding and nothing else; the command has no option for it.
+# Each process skips an image of its own and one that the other skips, too.
 COMMAND = """
-import sys, torch
+import os, sys, torch
 torch.set_default_dtype(torch.float64)
 from seqconv_triton.cli import main
+from seqconv_triton.training.data import DigitsSource
+begin = DigitsSource.__init__
+def begin_skipping(self, *arguments):
+    begin(self, *arguments)
+    self.unreadable += ["both.png", os.environ["RANK"] + ".png"]
+DigitsSource.__init__ = begin_skipping
 sys.exit(main(sys.argv[1:]))
 """
 # 97 images in steps of 21: every step is uneven between the ranks, and the last one is smaller.
@@ -50,6 +57,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     done = torchrun(tmp_path, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
+    assert done.stderr.count("warning: 3 images that do not decode were skipped:\n  both.png\n  0.png\n  1.png\n") == 1
+    assert done.stderr.count("both.png") == 2, "by the epoch and at the end"
     try:
         torch.set_default_dtype(torch.float64)
         train(tiny(tmp_path / "one", model_options=OPTIONS | {"dropout": 0}, **SETTINGS))

@@ -134,12 +134,14 @@ def test_image_folder_trains(tree: Path, tmp_path: Path, capsys: pytest.CaptureF
     arguments = ["train", "--data=imagefolder", "--root", str(tree), "--image-size=32", "--output", str(run), *MODEL]
     assert main(arguments) == 0
     error = capsys.readouterr().err
-    assert "bee/3.jpg" in error and "cat/0.png" in error and "2 images skipped" in error
+    assert (
+        "bee/3.jpg" in error and "cat/0.png" in error and "warning: 2 images that do not decode were skipped" in error
+    )
     state = checkpoint.load(run / "last.pt")
     assert state["classes"] == ["ant", "bee", "cat"] and state["preprocess"]["resize"] == 37
     assert main(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu", "--workers=0"]) == 1
     shown = capsys.readouterr()
-    assert shown.out.startswith("8 images") and "1 images skipped" in shown.err
+    assert shown.out.startswith("8 images") and "warning: 1 image that does not decode was skipped" in shown.err
     assert main([*arguments[:-1], "--resume", "--strict"]) == 0  # finished: nothing is read
     assert main([*arguments, "--strict", "--output", str(tmp_path / "strict")]) == 2
     assert "an image does not decode" in capsys.readouterr().err

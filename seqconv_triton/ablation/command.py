@@ -12,6 +12,7 @@ import seqconv_triton
 from seqconv_triton.ablation.report import as_json, markdown
 from seqconv_triton.ablation.runs import Result, finished, run
 from seqconv_triton.ablation.settings import CONTESTANTS, SETTINGS, Setting
+from seqconv_triton.optional import require
 from seqconv_triton.training import checkpoint
 from seqconv_triton.training.distributed import usable_device
 from seqconv_triton.training.loop import History
@@ -19,7 +20,7 @@ from seqconv_triton.training.loop import History
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=SETTINGS, default="digits", help="default: digits, some minutes on a CPU")
-    parser.add_argument("--root", type=Path, help="folder that holds cifar-10-batches-py/ (cifar10 only)")
+    parser.add_argument("--root", type=Path, help="folder of CIFAR-10's archive for Python (cifar10 only)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
     parser.add_argument("--epochs", type=int, help="default: 30 on digits, the paper's 300 on cifar10")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help=f"some of {', '.join(CONTESTANTS)}")
@@ -57,12 +58,9 @@ def compare(
 
     Raises ValueError for unknown networks, no seeds, or results of another setting in `output`.
     """
-    try:
-        import scipy  # type: ignore[import-untyped,unused-ignore] # noqa: F401
-        import sklearn  # noqa: F401
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ValueError(f"the ablation needs {error.name}: pip install seqconv-triton[demo]") from error
+    require("the ablation", "demo", "scipy", "sklearn", "tqdm")
+    from tqdm import tqdm
+
     unknown = [name for name in networks or () if name not in CONTESTANTS]
     if unknown:
         raise ValueError(f"unknown network {unknown[0]!r}; allowed are {', '.join(CONTESTANTS)}")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.ablation.settings import Setting
+from seqconv_triton.training import cifar
 from seqconv_triton.training.loop import Batch
 
 MAX_SHIFT = 0.5  # pixels of an 8×8 digit
@@ -30,10 +31,11 @@ class Problem:
 def load(setting: Setting, root: Path | None, seed: int) -> Problem:
     """The data of a setting; `root` is the folder of those that do not come with a package. Nothing is downloaded.
 
-    Raises ValueError where root is missing or superfluous, FileNotFoundError where it holds no such data.
+    Raises ValueError where root is missing or superfluous, otherwise what cifar.load raises.
     """
     if (root is None) != (setting.data == "digits"):
-        need = "come with scikit-learn: leave root out" if root else f"must be named: --root DIR with {CIFAR_FOLDER}"
+        archive = cifar.FILES["cifar10"][1]
+        need = "come with scikit-learn: leave root out" if root else f"must be named: --root DIR with {archive}"
         raise ValueError(f"root ({root}): the {setting.data} data {need}")
     generator = torch.Generator().manual_seed(seed)
     return digits(setting, seed, generator) if root is None else cifar10(setting, root, generator)
@@ -54,25 +56,12 @@ def digits(setting: Setting, seed: int, generator: torch.Generator) -> Problem:
     return Problem(batches, (data.normalize(data.test.images), data.test.labels), len(data.train))
 
 
-CIFAR_FOLDER = "cifar-10-batches-py/"
-
-
 def cifar10(setting: Setting, root: Path, generator: torch.Generator) -> Problem:
-    """CIFAR-10+ from the Python archive unpacked in `root`: channels normalised, padded by 4, cropped and flipped."""
-    if not (root / CIFAR_FOLDER).is_dir():
-        raise FileNotFoundError(f"{root} has no {CIFAR_FOLDER}: unpack cifar-10-python.tar.gz there")
-    try:
-        from torchvision.datasets import CIFAR10
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-        raise ValueError(f"CIFAR needs torchvision: pip install seqconv-triton[train] ({error})") from error
-    parts = []
-    for train in (True, False):
-        try:
-            data = CIFAR10(str(root), train=train, download=False)
-        except RuntimeError as error:
-            raise ValueError(f"{root / CIFAR_FOLDER} is incomplete or damaged: {error}") from error
-        parts.append((torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)))
-    (train_images, train_labels), (test_images, test_labels) = parts
+    """CIFAR-10+ from the Python archive in `root`: channels normalised, padded by 4, cropped and flipped."""
+    (train_images, train_labels), (test_images, test_labels) = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
+        for part in cifar.load("cifar10", root)
+    )
     mean, std = channel_statistics(train_images)
 
     def batches() -> Iterator[Batch]:

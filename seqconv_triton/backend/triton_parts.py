@@ -27,6 +27,7 @@ from seqconv_triton.kernels.launch import (
     Readers,
 )
 from seqconv_triton.plan import Plan
+from seqconv_triton.plan_text import decode, encode
 
 
 @cache
@@ -35,7 +36,7 @@ def tables(encoded: str, pinned: bool) -> tuple[Readers, Readers, Readers]:
 
     Never dropped: a captured CUDA graph copies from this memory in every replay.
     """
-    plan = Plan.decode(encoded)
+    plan = decode(encoded)
     k, area = plan.group_width, 1 if plan.bottleneck else 9
     windows = [
         (group.window_start, group.window_width, offset * k * area, offset)
@@ -104,7 +105,7 @@ class Geometry:
 
         A tensor that outlives the pass would be foreign to the memory pool of a CUDA graph being warmed up.
         """
-        found = tables(self.plan.encode(), self.device.type == "cuda")
+        found = tables(encode(self.plan), self.device.type == "cuda")
         return tuple(Readers(r.rows.to(self.device, non_blocking=True), r.align) for r in found)  # type: ignore[return-value]
 
 

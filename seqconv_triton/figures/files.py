@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seqconv_triton.optional import require
 from seqconv_triton.training import checkpoint
 
 if TYPE_CHECKING:
@@ -24,12 +25,11 @@ def check_output(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches. Raises ValueError, naming the extra, where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"pictures need {error.name}: pip install seqconv-triton[plot]") from error
+    """An empty figure, sizes in inches. Raises ImportError, naming the extra, where matplotlib is missing."""
+    require("the picture", "plot", "matplotlib.figure")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -7,16 +7,14 @@ num_batches_tracked}`; our packed norms have one `num_batches_tracked` for all t
 
 from __future__ import annotations
 
-import errno
 import os
-import pickle
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from seqconv_triton import torch_file
 from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.layers import Stage
 from seqconv_triton.models.backbone import Backbone
@@ -162,24 +160,11 @@ def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object
     """A dictionary from a file, without running code of it. ValueError for any other file, OSError as open() does."""
     if not isinstance(source, str | os.PathLike) and not hasattr(source, "seek"):
         raise TypeError(f"source must be a path, an open file or a state dict, not {type(source).__name__}")
-    where = str(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "the file")
-    try:
-        loaded = torch.load(Path(source) if isinstance(source, str) else source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{where} is no checkpoint of plain tensors (or holds code, which is not run): {_brief(error)}"
-        ) from error
-    except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
-            raise
-        raise ValueError(f"{where} is no checkpoint, or only part of one: {_brief(error)}") from error
+    loaded = torch_file.read(source)
     if not isinstance(loaded, Mapping):
+        where = torch_file.name_of(source)
         raise ValueError(f"{where} holds a {type(loaded).__name__}; expected a dictionary of tensors")
     return loaded
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def unwrap(given: Mapping[str, object]) -> dict[str, object]:

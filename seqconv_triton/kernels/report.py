@@ -8,6 +8,7 @@ import sys
 import torch
 
 from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.optional import require
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -24,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """Print a line for every distinct kernel; 1 if any spills or needs more shared memory than there is."""
-    try:
-        import triton
-    except ImportError:
-        print("Triton is not installed: pip install seqconv-triton[triton] (Linux)", file=sys.stderr)
-        return 2
+    require("kernels", "triton", "triton")
+    import triton
+
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled while kernels are interpreted", file=sys.stderr)
         return 2

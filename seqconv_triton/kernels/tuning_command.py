@@ -19,6 +19,7 @@ from seqconv_triton.kernels.report import ARCHITECTURES, DTYPES
 from seqconv_triton.kernels.tuning_candidates import candidates
 from seqconv_triton.kernels.tuning_tables import Entry
 from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.optional import require
 
 if TYPE_CHECKING:
     from seqconv_triton.kernels.tuning_calls import Work
@@ -44,13 +45,10 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     for name in ("batch", "image_size", "seconds"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
-    try:
-        import tqdm
-        import triton
-    except ImportError as error:
-        print(f"tune needs {error.name}: pip install seqconv-triton[tune]", file=sys.stderr)
-        return 2
-    del tqdm
+    require("tune", "tune", "tqdm")
+    require("tune", "triton", "triton")
+    import triton
+
     if arguments.dry_run:
         return dry_run(arguments)
     if not torch.cuda.is_available():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pickle
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from seqconv_triton import torch_file
 
 FORMAT, VERSION = "seqconv_triton training", 1
 KEYS = {"model", "arch", "classes", "epoch", "best_error", "preprocess"}
@@ -60,19 +61,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a folder: name a checkpoint in it, such as {path / 'best.pt'}")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is no checkpoint of `train`: it is no PyTorch file, or holds other objects"
-        ) from error
-    except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or was only half written: {reason}") from error
+    state = torch_file.read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         held = (
             f"the keys {', '.join(map(str, list(state)[:4]))}, …" if isinstance(state, dict) else type(state).__name__

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from seqconv_triton.optional import require
+from seqconv_triton.training import cifar
 from seqconv_triton.training.config import Config
 from seqconv_triton.training.images import Preprocess
 from seqconv_triton.training.order import seed_for
@@ -46,10 +48,9 @@ class DigitsSource:
     """scikit-learn's handwritten digits, in memory; augmentation is a random shift."""
 
     def __init__(self, config: Config, preprocess: Preprocess | None = None) -> None:
-        try:
-            from seqconv_triton.training import digits
-        except ImportError as error:
-            raise ImportError(f"the digits need {error.name}: pip install seqconv-triton[train]") from error
+        require("loading the digits", "train", "sklearn")
+        from seqconv_triton.training import digits
+
         self._shift = digits.shift_randomly
         self._data = digits.load(config.train_images)
         self._seed, self._max_shift = config.seed, config.max_shift
@@ -97,16 +98,9 @@ def open_source(config: Config, preprocess: Preprocess | None = None, *, pinned:
 
 def expected_layout(config: Config) -> str:
     """The files a data set is read from, in words."""
+    assert config.root is not None
     if config.data == "imagefolder":
         return (
             f"imagefolder reads {config.root}/train/CLASS/*.jpg and {config.root}/val/CLASS/*.jpg (.png and others too)"
         )
-    folder, archive = CIFAR_FILES[config.data]
-    root = config.root
-    return f"{config.data} reads {root}/{folder}/ or {root}/{archive} (the archive for Python); nothing is downloaded"
-
-
-CIFAR_FILES = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-}
+    return cifar.layout(config.data, config.root)

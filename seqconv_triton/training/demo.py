@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from seqconv_triton.models.cifar import CifarSeqResNet
+from seqconv_triton.optional import require
 from seqconv_triton.training import checkpoint
 from seqconv_triton.training.baseline import PreactivationResNet, count_parameters, matching_widths
 from seqconv_triton.training.distributed import usable_device
@@ -55,15 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    """Exit status 0; 2 where a package is missing or an argument is wrong."""
-    try:
-        import matplotlib
-        import sklearn
-        import tqdm
-    except ImportError as error:
-        print(f"the demo needs {error.name}: pip install seqconv-triton[demo]", file=sys.stderr)
-        return 2
-    del matplotlib, sklearn, tqdm
+    """Exit status 0; ImportError where a package is missing."""
+    require("the demo", "demo", "matplotlib", "sklearn", "tqdm")
     run(DemoConfig(arguments.output, arguments.epochs, arguments.seed, device=arguments.device))
     return 0
 

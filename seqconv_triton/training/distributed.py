@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,13 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def union(self, lines: Sequence[str]) -> list[str]:
+        """The lines of all processes, in the order of their ranks, each once."""
+        every: list[Sequence[str]] = [lines] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, lines)
+        return list(dict.fromkeys(line for own in every for line in own))
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -34,6 +34,7 @@ from seqconv_triton.training.order import (
     shares,
     steps_per_epoch,
 )
+from seqconv_triton.training.skipped import Skipped
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Run:
         self.best_error: float | None = None
         self.log: Log | None = None
         self._rows: list[dict[str, Any]] = []
-        self._reported = 0
+        self.skipped = Skipped(ranks, source.unreadable)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take everything from a checkpoint. Raises ValueError where it does not fit the data or the model."""
@@ -173,7 +174,8 @@ class Run:
         self.progress.say(
             f"best validation error {self.best_error:.2f} %; best.pt, last.pt and log.csv are in {config.output}"
         )
-        return Outcome(config.output, self.epoch, self.best_error, tuple(self.source.unreadable))
+        self.skipped.warn()
+        return Outcome(config.output, self.epoch, self.best_error, self.skipped.lines)
 
     def _headline(self) -> str:
         model, source = self.trainer.model, self.source
@@ -222,7 +224,8 @@ class Run:
             self._save()
         assert self.best_error is not None
         self.progress.say(row.line(self.recipe.epochs, self.best_error))
-        self._report_unreadable()
+        if self.epoch < self.recipe.epochs:
+            self.skipped.report()
 
     def _new_meter(self, sums: Sums, step: int) -> Meter:
         return Meter(self.ranks, sums, step, lambda: self.interrupts.number)
@@ -295,11 +298,3 @@ class Run:
     def _kept(self) -> str:
         last = self.config.output / "last.pt"
         return f"{last} is kept, --resume goes on from it" if last.exists() else "nothing was saved yet"
-
-    def _report_unreadable(self) -> None:
-        new = self.source.unreadable[self._reported :]
-        self._reported += len(new)
-        for line in new[:20]:
-            print(f"skipped, does not decode: {line}", file=sys.stderr)
-        if new:
-            print(f"{self._reported} images skipped so far that do not decode", file=sys.stderr)

@@ -1,20 +1,17 @@
-"""CIFAR archives and ImageFolder trees on disk: torchvision's data sets and transforms. Nothing is downloaded."""
+"""CIFAR and ImageFolder trees: torchvision's data sets and transforms, as sources of a run."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqconv_triton.training import cifar
 from seqconv_triton.training.config import Config
-from seqconv_triton.training.data import CIFAR_FILES, Batch, Source, expected_layout
+from seqconv_triton.training.data import Batch, Source, expected_layout
 from seqconv_triton.training.images import Preprocess
 from seqconv_triton.training.loading import Loader, Samples
 
@@ -108,36 +105,8 @@ def open_source(config: Config, preprocess: Preprocess | None, *, pinned: bool) 
 
 def _cifar(config: Config, preprocess: Preprocess, pinned: bool) -> Source:
     assert config.root is not None
-    kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
-    folder, archive = (config.root / name for name in CIFAR_FILES[config.data])
-    if not folder.is_dir():
-        if not archive.is_file():
-            raise FileNotFoundError(f"there is no {config.data} in {config.root}; {expected_layout(config)}")
-        unpack(archive, folder)
-    try:
-        train, val = (kind(str(config.root), train=part, download=False) for part in (True, False))
-    except RuntimeError as error:  # missing files, or checksums that are not the published ones
-        raise ValueError(f"{folder} is incomplete or damaged: unpack {archive.name} again ({error})") from error
+    train, val = cifar.load(config.data, config.root)
     return VisionSource(config, train.classes, train, val, preprocess, pinned=pinned)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """The archive's one folder, beside it; whole or not at all, also where several processes do it at once."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        try:
-            with tarfile.open(archive) as file:
-                file.extractall(temporary, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"{archive} does not unpack: {error}") from error
-        unpacked = Path(temporary) / folder.name
-        if not unpacked.is_dir():
-            raise ValueError(f"{archive} holds no folder {folder.name}")
-        try:
-            os.rename(unpacked, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(unpacked)  # another process was first
 
 
 def _image_folder(config: Config, preprocess: Preprocess, pinned: bool) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from seqconv_triton.training import trained
@@ -14,6 +13,7 @@ from seqconv_triton.training.distributed import processes
 from seqconv_triton.training.loop import evaluate
 from seqconv_triton.training.order import evaluation_pieces
 from seqconv_triton.training.recipes import PRESETS
+from seqconv_triton.training.skipped import Skipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +45,9 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
             result = evaluate(one.model, source.val_batches(pieces), ranks)
         finally:
             source.close()
-        for line in source.unreadable:
-            print(f"skipped, does not decode: {line}", file=sys.stderr)
-        if source.unreadable:
-            print(f"{len(source.unreadable)} images skipped that do not decode", file=sys.stderr)
+        skipped = Skipped(ranks, source.unreadable)
+        skipped.warn()
         if ranks.is_main:
             top5 = "" if result.top5_error is None else f", top-5 error {result.top5_error:.2f} %"
             print(f"{result.images:,} images: error {result.error:.2f} %{top5}, cross-entropy {result.loss:.4f} nats")
-    return int(bool(source.unreadable))
+    return int(bool(skipped.lines))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv_triton.fuse import fuse
+from seqconv_triton.optional import require
 from seqconv_triton.training import checkpoint, trained
 
 TOLERANCE = 1e-4  # of the largest logit: folding BN rounds differently
@@ -57,13 +58,9 @@ def to_pt2(one: trained.Trained) -> bytes:
 
 def to_onnx(one: trained.Trained) -> bytes:
     """ONNX of the folded network, in one file. Raises ImportError without the packages of the extra `onnx`."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as error:
-        raise ImportError(f"ONNX needs {error.name}: pip install seqconv-triton[onnx]") from error
-    del onnx, onnxscript
+    require("ONNX", "onnx", "onnx", "onnxruntime", "onnxscript")
+    import onnxruntime
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         dims = {"x": {0: torch.export.Dim("batch")}}

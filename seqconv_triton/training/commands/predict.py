@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from seqconv_triton.optional import require
 from seqconv_triton.training import checkpoint, images, trained
 from seqconv_triton.training.distributed import usable_device
 
@@ -39,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """Exit status 0; 1 where images had to be skipped, which are named and counted on standard error."""
-    try:
-        import matplotlib
-        import PIL
-    except ImportError as error:
-        raise ImportError(f"predict needs {error.name}: pip install seqconv-triton[train]") from error
-    del matplotlib, PIL
+    require("predict", "train", "matplotlib", "PIL")
     from seqconv_triton.training.pictures import prediction_sheet
 
     one = trained.load(arguments.checkpoint, usable_device(arguments.device))

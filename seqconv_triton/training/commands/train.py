@@ -11,8 +11,9 @@ from seqconv_triton.training import config, run
 from seqconv_triton.training.interrupts import Stopped
 
 EPILOG = """\
-exit status: 0 trained; 1 the loss was not finite; 2 wrong settings, data or checkpoint, a disk or memory that is full;
-130 Ctrl-C and 143 SIGTERM, both after saving (a second Ctrl-C ends at once).
+exit status: 0 trained (a warning names images that were skipped because they do not decode); 1 the loss was not finite;
+2 wrong settings, data or checkpoint, a disk or memory that is full; 130 Ctrl-C and 143 SIGTERM, both after saving (a
+second Ctrl-C ends at once).
 Several processes: torchrun --nproc-per-node=N -m seqconv_triton train …"""
 
 
