@@ -13,46 +13,40 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from seqconv_triton.backend.aten_parts import onednn_takes
-
 if TYPE_CHECKING:
     from seqconv_triton.backend import StageParameters
-    from seqconv_triton.backend.aten_evaluation import Folded
+    from seqconv_triton.backend.aten_folding import Folding, GroupWeights
     from seqconv_triton.plan import Plan
 
 _remembered = WeakTensorKeyDictionary()
 
 
-def remembered(parameters: StageParameters, plan: Plan, eps: float, x: Tensor, fold: Callable[[], Folded]) -> Folded:
-    """What `fold` gives, packed for images like `x`; once for the same weights."""
+def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
+    """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
     weights = [weight for weight in parameters if weight is not None]
-    if not onednn_takes(x) or not all(weight.is_leaf and not weight.is_inference() for weight in weights):
-        return fold()
-    key = (plan, eps, [(id(weight), weight.data_ptr(), weight._version) for weight in weights])
+    if any(weight.is_inference() for weight in weights):  # nobody counts their changes
+        return folding.group
+    key = (folding.plan, folding.place, [(id(weight), weight.data_ptr(), weight._version) for weight in weights])
     found = _remembered.get(parameters.transform_weight)
     if found is None or found[0] != key:
-        found = key, pack(fold(), plan, x)
+        found = key, [pack(folding.group(j), folding.plan, x) for j in range(len(folding.plan.groups))]
         _remembered[parameters.transform_weight] = found
-    folded: Folded = found[1]
-    return folded
+    groups: list[GroupWeights] = found[1]
+    return groups.__getitem__
 
 
-def pack(folded: Folded, plan: Plan, x: Tensor) -> Folded:
-    """Weights reordered for images like `x`; others are only slower."""
+def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
     images, _, height, width = x.shape
 
     def packed(weight: Tensor, groups: int) -> Tensor:
-        area, one = [weight.shape[-1] // 2] * 2, [1, 1]
+        padding, one = [weight.shape[-1] // 2] * 2, [1, 1]
         shape = [images, weight.shape[1] * groups, height, width]
-        reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, area, one, one, groups, shape)
+        reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, one, one, groups, shape)
         return reordered
 
-    subgroups = plan.subgroups if plan.bottleneck else 1
-    return folded._replace(
-        reduce=tuple(packed(weight[:, :, None, None], 1) for weight in folded.reduce),
-        transform=tuple(packed(weight, subgroups) for weight in folded.transform),
-        packed=True,
-    )
+    reduce = None if weights.reduce is None else packed(weights.reduce[:, :, None, None], 1)
+    transform = packed(weights.transform, plan.subgroups if plan.bottleneck else 1)
+    return weights._replace(reduce=reduce, transform=transform, packed=True)
 
 
 def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int, then: str) -> Tensor:

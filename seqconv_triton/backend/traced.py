@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
-from seqconv_triton.backend.aten_evaluation import fold
+from seqconv_triton.backend.aten_folding import Folding
 from seqconv_triton.backend.packing import group_masks
 from seqconv_triton.plan import Plan
 
@@ -42,10 +42,10 @@ def evaluate(
 ) -> Tensor:
     """What `functional.stage` gives with known statistics."""
     k = plan.group_width
-    folded = fold(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
+    folding = Folding(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
     missing = plan.total_channels - plan.normalized_channels
     sizes = [plan.in_channels] + [k] * len(plan.groups)
-    scales, shifts = (v[:, None, None].split(sizes) for v in (folded.scale, folded.shift))
+    scales, shifts = (v[:, None, None].split(sizes) for v in (folding.scale, folding.shift))
     masks = None if mask is None else group_masks(mask.to(x.dtype), plan)
     awaited = {group.residual_start for group in plan.groups}
     sources = {c: x[:, c : c + k] for c in awaited if c is not None and c < plan.in_channels}
@@ -55,11 +55,11 @@ def evaluate(
         seen = features.window(group.window_start, group.window_width)
         if masks is not None:
             seen = seen * masks[j][:, :, None, None]
-        if folded.reduce:
-            seen = torch.relu(F.conv2d(seen, folded.reduce[j][:, :, None, None], folded.reduce_shift[j]))
-        bias = folded.transform_shift[j]
-        y = F.conv2d(seen, folded.transform[j], bias, 1, 1, 1, subgroups)
-        if bias is None:
+        own = folding.group(j)
+        if own.reduce is not None:
+            seen = torch.relu(F.conv2d(seen, own.reduce[:, :, None, None], own.reduce_shift))
+        y = F.conv2d(seen, own.transform, own.transform_shift, 1, 1, 1, subgroups)
+        if own.transform_shift is None:
             if shortcut is not None:
                 y = y + shortcut[:, j * k : (j + 1) * k]
             elif group.residual_start is not None:
