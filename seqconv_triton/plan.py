@@ -211,7 +211,14 @@ class Plan:
         )
         # Columns outside a window cost a 1×1 conv little, a 3×3 conv nine times as much.
         filled = self.uniform or (self.bottleneck and 2 * sum(widths) >= ring * len(widths))
-        return ring if fits and newest and filled else None
+        return ring if fits and newest and filled and self._leaves_in_parts(ring) else None
+
+    def _leaves_in_parts(self, ring: int) -> bool:
+        """Whether what the tail reads can go through it as the ring holds it, one part after the other."""
+        parts, rest = divmod(self.read_channels, ring)
+        if self.tail is None or self.read_channels <= ring:
+            return True
+        return rest == 0 and self.tail.repeats == 1 and self.tail.groups % parts == 0
 
     @cached_property
     def window_offsets(self) -> tuple[int, ...]:

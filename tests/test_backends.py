@@ -32,6 +32,7 @@ LAYERS = {
     "dense-bottleneck": (7, 24, 4, {"windowed": False, "bottleneck": True, "subgroups": 2}, (2, 5, 3)),
     "dropout": (8, 24, 4, {"dropout": 0.3, "bottleneck": True}, (3, 5, 3)),
     "dropout-basic-dense": (8, 24, 4, {"dropout": 0.3, "windowed": False}, (3, 5, 3)),
+    "leaves-in-parts": (8, 20, 4, {"bottleneck": True}, (2, 5, 3)),
     "one-pixel": (12, 12, 4, {"bottleneck": True}, (3, 1, 1)),
     "one-row": (12, 12, 4, {}, (1, 1, 7)),
     "k48": (96, 96, 48, {"bottleneck": True}, (1, 3, 3)),
@@ -52,7 +53,7 @@ ENDS = {
     "published-quirk": {"extension": 12, "tail": Tail(24, 3, 2, 6, repeats=2)},
     "entry-and-1x1": {"entry_channels": 5, "tail": Tail(12, 1)},
     "entry-in-the-ring": {"entry_channels": 4, "tail": Tail(12, 1)},
-    "entry-that-turns-it": {"entry_channels": 8, "extension": 12, "tail": Tail(24, 3, 2, 6)},
+    "entry-that-turns-it": {"entry_channels": 8, "tail": Tail(24, 3, 2, 6)},
 }
 
 
@@ -144,7 +145,14 @@ def test_wide_groups_and_many_pixels_in_float32() -> None:
 def test_stage_in_float32(block: str) -> None:
     """float32 takes other products than float64: oneDNN's, where PyTorch has it."""
     windowed, bottleneck = (BLOCKS[block].get(name, True) for name in ("windowed", "bottleneck"))
-    for entry, extension, width in ((None, 12, 12), (None, 0, 12), (4, 0, 12), (8, 12, 16), (6, 12, None)):
+    for entry, extension, width in (
+        (None, 12, 12),
+        (None, 0, 12),
+        (4, 0, 12),
+        (8, 0, 16),
+        (8, 12, None),
+        (6, 12, None),
+    ):
         plan = Plan.stage(12, 4, 3, extension=extension, entry_channels=entry, tail=Tail(24, 3, 2, 6), **BLOCKS[block])
         if windowed:
             assert plan.ring_channels == (width if bottleneck or entry is None else None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqconv_triton.backend import StageGradients, StageParameters, Statistics
 from seqconv_triton.backend.across_ranks import AcrossRanks
+from seqconv_triton.backend.aten_end import End
 from seqconv_triton.backend.aten_evaluation import evaluate
 from seqconv_triton.backend.aten_gradient_windows import gradient_windows
 from seqconv_triton.backend.aten_parts import (
@@ -22,7 +23,6 @@ from seqconv_triton.backend.aten_parts import (
     pixels,
     pointwise,
     product_over_pixels,
-    tail_convolution,
     window_rows,
 )
 from seqconv_triton.backend.aten_ring import placed_masks, placed_weights, store
@@ -67,12 +67,15 @@ def stage_forward(
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
 
+    end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])
     kept = windows(plan, rows)
     normal = pixels(norm.normalize(x, 0)) if plan.raw_input else rows
     for own, into in kept.input_pieces():
         torch.clamp_min(normal[:, own], 0, out=into) if plan.raw_input else into.copy_(normal[:, own])
     for j, group in enumerate(groups):
         c = plan.slot(j)
+        if c in end.parts:
+            end.leave(c, kept.newest(end.width(c)), out)
         window = kept.window(j)
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
@@ -91,16 +94,8 @@ def stage_forward(
         if c in awaited:
             sources[c] = pixels(y)
         torch.clamp_min(pixels(norm.normalize(y, c - offset)), 0, out=kept.slot(j))
-        kept.written(j)
-
-    end = images(kept.end())
-    if plan.tail is None:
-        out.copy_(end)
-        return
-    if masks is not None:
-        end = end * masks[-1][:, :, None, None]
-    assert parameters.tail_weight is not None
-    out.copy_(tail_convolution(end, parameters.tail_weight, plan.tail))
+    last = plan.total_channels
+    end.leave(last, kept.newest(end.width(last)), out)
 
 
 def stage_backward(
@@ -153,17 +148,23 @@ def stage_backward(
             if plan.ring_channels is not None and into.shape[1] == k:
                 contiguous[start] = own
 
+    end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])
+    if d_out is None and wanted.tail_weight is not None:
+        wanted.tail_weight.zero_()
     kept = gradient_windows(plan, activate, raw_rows, images)
-    if d_out is not None:
-        kept.begin(d_end(d_out, kept.end(), images, parameters, masks, plan, gradients))
-    else:
-        kept.begin(None)
-        if wanted.tail_weight is not None:
-            wanted.tail_weight.zero_()
+
+    def come_in(moment: int) -> None:
+        """The gradient of what leaves at that moment is added to the newest channels'."""
+        if d_out is not None and moment in end.parts:
+            rows = kept.newest(end.width(moment))
+            kept.add_newest(end.gradient(moment, rows, d_out, wanted.tail_weight))
+
+    come_in(plan.total_channels)
     for j in reversed(range(len(groups))):
         group, c = groups[j], plan.slot(j)
         raw_y = contiguous.pop(c) if c in contiguous else raw(c, c + k)
         dy = norm.backward(images(kept.enter(j)), raw_y, c - offset, wanted.norm_weight, wanted.norm_bias)
+        come_in(c)
         if c in passed:
             dy += images(passed.pop(c))
         if d_raw_rows is not None:
@@ -214,36 +215,3 @@ def stage_backward(
         dx[:, c : c + k] += images(dy)
     if d_raw_rows is not None:
         dx += images(d_raw_rows[:, :width])
-
-
-def d_end(
-    d_out: Tensor,
-    end_rows: Tensor,
-    images: Images,
-    parameters: StageParameters,
-    masks: tuple[Tensor, ...] | None,
-    plan: Plan,
-    gradients: StageGradients,
-) -> Tensor:
-    """Gradient of `end_rows` [P, read_channels], which leave the buffer, through the tail; writes its weight's."""
-    tail = plan.tail
-    if tail is None:
-        return pixels(d_out)
-    assert parameters.tail_weight is not None
-    wanted = gradients.parameters.tail_weight
-    end = images(end_rows)
-    if masks is not None:
-        end = end * masks[-1][:, :, None, None]
-    end = torch.cat([end] * tail.repeats, 1) if tail.repeats > 1 else end
-    padding = tail.kernel_size // 2
-    d_in, dw, _ = aten.convolution_backward(
-        d_out, end, parameters.tail_weight, None, [tail.stride] * 2, [padding] * 2, [1, 1], False, [0, 0], tail.groups,
-        [True, wanted is not None, False],
-    )  # fmt: skip
-    if wanted is not None:
-        wanted.copy_(dw)
-    if tail.repeats > 1:
-        d_in = torch.stack(d_in.chunk(tail.repeats, 1)).sum(0)
-    if masks is not None:
-        d_in = d_in * masks[-1][:, :, None, None]
-    return pixels(d_in)

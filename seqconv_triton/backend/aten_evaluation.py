@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend import StageParameters, Statistics
+from seqconv_triton.backend.aten_end import End
 from seqconv_triton.backend.aten_folding import Folding, GroupWeights
 from seqconv_triton.backend.aten_packed import packed, packed_convolution
 from seqconv_triton.backend.aten_parts import (
@@ -20,7 +21,6 @@ from seqconv_triton.backend.aten_parts import (
     onednn_takes,
     pixels,
     pointwise,
-    tail_convolution,
 )
 from seqconv_triton.backend.aten_ring import placed, placed_masks
 from seqconv_triton.backend.aten_windows import Ring, Strips, windows
@@ -96,6 +96,7 @@ def _evaluate_chunk(
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
     subgroups = plan.subgroups if plan.bottleneck else 1
+    end = End(plan, images, tail_weight, None if masks is None else masks[-1])
     for own, into in kept.input_pieces():
         if plan.raw_input:
             torch.addcmul(folding.shift[own], rows[:, own], folding.scale[own], out=into)
@@ -104,6 +105,8 @@ def _evaluate_chunk(
             into.copy_(rows[:, own])
     for j, group in enumerate(groups):
         c = plan.slot(j)
+        if c in end.parts:
+            end.leave(c, kept.newest(end.width(c)), out)
         window = kept.window(j)
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
@@ -124,13 +127,5 @@ def _evaluate_chunk(
             slot.clamp_min_(0)
         else:
             torch.clamp_min(pixels(y), 0, out=slot)
-        kept.written(j)
-
-    end = images(kept.end())
-    if plan.tail is None:
-        out.copy_(end)
-        return
-    if masks is not None:
-        end = end * masks[-1][:, :, None, None]
-    assert tail_weight is not None
-    out.copy_(tail_convolution(end, tail_weight, plan.tail))
+    last = plan.total_channels
+    end.leave(last, kept.newest(end.width(last)), out)

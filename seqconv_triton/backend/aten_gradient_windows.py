@@ -1,9 +1,9 @@
 """The windows of `aten_windows.py` walked backwards: activated channels, computed again, and their gradients.
 
-First `end()` is what leaves the buffer, and `begin` takes the gradient of that. Then, from the last group to the first,
-`enter(j)` steps back to group j and gives the gradient [P, k] of its own channels in front of their ReLU; after it
-`window(j)` is what the group read, and `add` and `add_product` add to the gradient of that. Last `input_gradient` is
-that of the stage's input.
+From the last group to the first, `enter(j)` steps back to group j and gives the gradient [P, k] of its own channels in
+front of their ReLU; after it `window(j)` is what the group read, and `add` and `add_product` add to the gradient of
+that. `newest(count)` are the last channels in front of the group, and `add_newest` adds to their gradient. Last
+`input_gradient` is that of the stage's input.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class GradientRing:
     def __init__(self, plan: Plan, activate: Activate, like: Tensor, images: Images, ring: int) -> None:
         self.plan, self.activate, self.images, self.ring = plan, activate, images, ring
         self.rows = like.new_empty(like.shape[0], ring)
-        self.first = plan.total_channels - plan.read_channels
-        self.d_end: Tensor | None = None
+        self.gradient = torch.zeros_like(self.rows)
         for start in range(plan.total_channels - ring, plan.total_channels, plan.group_width):
             activate(start, self.rows[:, self._columns(start)])
 
@@ -37,38 +36,21 @@ class GradientRing:
         start = column(channel, self.plan)
         return slice(start, start + self.plan.group_width)
 
-    def end(self) -> Tensor:
-        missing = self.plan.read_channels - self.ring
-        if missing <= 0:
-            return self.rows[:, -self.plan.read_channels :]
-        end = self.rows.new_empty(self.rows.shape[0], self.plan.read_channels)
-        self.activate(self.first, end[:, :missing])
-        end[:, missing:] = self.rows
-        return end
+    def newest(self, count: int) -> Tensor:
+        """Where as many channels as fill the ring once, twice, … came behind them."""
+        return self.rows[:, self.ring - count :]
 
-    def begin(self, d_end: Tensor | None) -> None:
-        """The gradient [P, read] of `end()`, which is left as it is."""
-        self.gradient = torch.zeros_like(self.rows)
-        if d_end is not None:
-            newest = min(self.ring, d_end.shape[1])
-            self.gradient[:, -newest:] = d_end[:, -newest:]
-            self.d_end = d_end if d_end.shape[1] > self.ring else None
-
-    def _take_in(self, start: int) -> None:
-        """Channels [start, start + k) come in: activated, with the gradient that they have from outside."""
-        own, k = self._columns(start), self.plan.group_width
-        self.activate(start, self.rows[:, own])
-        gradient = self.gradient[:, own].zero_()
-        outside = max(start, self.first)  # the input's channels need not begin a group
-        if self.d_end is not None and outside < start + k:
-            gradient[:, outside - start :] = self.d_end[:, outside - self.first : start + k - self.first]
+    def add_newest(self, gradient: Tensor) -> None:
+        self.gradient[:, self.ring - gradient.shape[1] :] += gradient
 
     def enter(self, j: int) -> Tensor:
         slot = self.plan.slot(j)
         own = self._columns(slot)
         gradient: Tensor = aten.threshold_backward(self.gradient[:, own], self.rows[:, own], 0)
         if slot >= self.ring:
-            self._take_in(slot - self.ring)
+            own = self._columns(slot - self.ring)
+            self.activate(slot - self.ring, self.rows[:, own])
+            self.gradient[:, own].zero_()
         return gradient
 
     def window(self, j: int) -> Tensor:
@@ -97,20 +79,19 @@ class GradientStrips:
         self.segments = iter(reversed(plan.segments))
         self.segment = next(self.segments)
         self.rows = self._activated(like, self.segment)
+        self.gradient = torch.zeros_like(self.rows)
 
     def _activated(self, like: Tensor, segment: Segment) -> Tensor:
         rows = like.new_empty(like.shape[0], segment.stop - segment.start)
         self.activate(segment.start, rows)
         return rows
 
-    def end(self) -> Tensor:
-        return self.rows[:, -self.plan.read_channels :]
+    def newest(self, count: int) -> Tensor:
+        """In front of the last group has been entered."""
+        return self.rows[:, self.rows.shape[1] - count :]
 
-    def begin(self, d_end: Tensor | None) -> None:
-        """The gradient [P, read] of `end()`, which is left as it is."""
-        self.gradient = torch.zeros_like(self.rows)
-        if d_end is not None:
-            self.gradient[:, -self.plan.read_channels :] = d_end
+    def add_newest(self, gradient: Tensor) -> None:
+        self.gradient[:, self.rows.shape[1] - gradient.shape[1] :] += gradient
 
     def enter(self, j: int) -> Tensor:
         if j < self.segment.first:

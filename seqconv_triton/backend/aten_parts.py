@@ -164,10 +164,10 @@ def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
     return grad.t() @ rows
 
 
-def tail_convolution(x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
-    """The conv behind the stage on its activated input."""
+def tail_convolution(x: Tensor, weight: Tensor, tail: Tail, groups: int) -> Tensor:
+    """The conv behind the stage, or some of its groups, on their activated input."""
     x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
-    return convolution(x, weight, None, tail.stride, tail.groups)
+    return convolution(x, weight, None, tail.stride, groups)
 
 
 def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:

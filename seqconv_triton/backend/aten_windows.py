@@ -1,7 +1,7 @@
 """Where the aten backend keeps activated channels, as rows [P, channels], while it walks the groups of a stage.
 
 Two ways with one interface: `input_pieces()` is where the stage's input goes first, `window(j)` what group j reads,
-`slot(j)` where its own channels go, and `end()`, after the last group, the channels that leave the buffer.
+`slot(j)` where its own channels go, and `newest(count)` the last channels written.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ class Ring:
     """The newest channels, in the columns of `aten_ring.py`; for plans with `ring_channels`."""
 
     def __init__(self, plan: Plan, like: Tensor, ring: int) -> None:
-        self.plan, count = plan, like.shape[0]
-        self.rows = like.new_empty(count, ring)
+        self.plan = plan
+        self.rows = like.new_empty(like.shape[0], ring)
         self.clear()
-        self.first = plan.total_channels - plan.read_channels
-        # More channels than the ring holds leave the stage: they gather beside it.
-        self.gathered = like.new_empty(count, plan.read_channels) if plan.read_channels > ring else None
 
     def clear(self) -> None:
         """A column that nobody has written yet meets weights of zero, and must not hold NaN."""
@@ -37,26 +34,15 @@ class Ring:
         return [(own, self.rows[:, columns]) for own, columns in pieces(0, self.plan.in_channels, self.plan)]
 
     def window(self, j: int) -> Tensor:
-        width = self.plan.in_channels
-        if j == 0 and self.gathered is not None and self.first < width:
-            for own, rows in self.input_pieces():
-                start = max(own.start, self.first)
-                if start < own.stop:
-                    self.gathered[:, start - self.first : own.stop - self.first] = rows[:, start - own.start :]
         return self.rows
 
     def slot(self, j: int) -> Tensor:
         start = column(self.plan.slot(j), self.plan)
         return self.rows[:, start : start + self.plan.group_width]
 
-    def written(self, j: int) -> None:
-        """Group j's slot has been filled."""
-        place = self.plan.slot(j) - self.first
-        if self.gathered is not None and place >= 0:
-            self.gathered[:, place : place + self.plan.group_width] = self.slot(j)
-
-    def end(self) -> Tensor:
-        return self.rows[:, self.rows.shape[1] - self.plan.read_channels :] if self.gathered is None else self.gathered
+    def newest(self, count: int) -> Tensor:
+        """Where as many channels as fill the ring once, twice, … are still to come."""
+        return self.rows[:, self.rows.shape[1] - count :]
 
 
 class Strips:
@@ -91,11 +77,9 @@ class Strips:
         column = self.plan.slot(j) - self.segment.start
         return self.rows[:, column : column + self.plan.group_width]
 
-    def written(self, j: int) -> None:
-        """Group j's slot has been filled."""
-
-    def end(self) -> Tensor:
-        return self.rows[:, -self.plan.read_channels :]
+    def newest(self, count: int) -> Tensor:
+        """Behind the last group."""
+        return self.rows[:, self.rows.shape[1] - count :]
 
 
 def windows(plan: Plan, like: Tensor, before: Ring | Strips | None = None) -> Ring | Strips:
