@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import seqconv_triton as sct
 from bench import peers
 from bench.cases import Case
-from bench.contenders import Contender, build
+from bench.contenders import Contender, Found, build
 from bench.timing import unmarked
 
 # Relative RMS error that is allowed beyond twice that of the plain code in the same precision.
@@ -93,7 +93,19 @@ def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str,
 
 
 def results_of(contender: Contender, case: Case) -> dict[str, Tensor]:
-    """What a run computes.
+    """What a run computes, each result one tensor."""
+    return joined(pieces_of(contender, case))
+
+
+def joined(found: Found) -> dict[str, Tensor]:
+    return {
+        name: value if isinstance(value, Tensor) else torch.cat([piece.flatten() for piece in value])
+        for name, value in found.items()
+    }
+
+
+def pieces_of(contender: Contender, case: Case) -> Found:
+    """What a run computes, as the run left it in memory.
 
     Training runs with features away from ReLU's corner: else rounding, which turns single gradients on or off, drowns
     them, in a stage of 88 groups already (float32 errors of 1e-4 to 4e-3, the plain code's too). Single layers in
