@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -121,23 +122,21 @@ def ending(status: int) -> str:
 
 
 def serve(connection: Connection, task: Task, path: Path) -> None:
-    """The worker's end: answer until the parent closes the pipe, or kills the worker, which is how it ends."""
+    """The worker's end: answer until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the parent, which ends its workers
     if hasattr(os, "setsid"):
         os.setsid()  # leads a group, with the compilers that it starts
     blocks = shaken(task.heap)
     local: Local | None = None
-    while blocks:
-        try:
+    with suppress(EOFError, OSError):  # of the pipe: the parent has closed it, or is gone
+        while blocks:
             request = connection.recv()
-        except EOFError:
-            return
-        try:
-            local = task.begin() if local is None else local
-            answer: Row | str = respond(local, request, path)
-        except Exception as error:
-            answer = reason(error)
-        connection.send(answer)
+            try:
+                local = task.begin() if local is None else local
+                answer: Row | str = respond(local, request, path)
+            except Exception as error:
+                answer = reason(error)
+            connection.send(answer)
 
 
 def respond(local: Local, request: str, path: Path) -> Row:
