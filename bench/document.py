@@ -71,8 +71,7 @@ def measured() -> str:
 
 def caption(contents: Contents) -> str:
     source = contents["provenance"]
-    count = source.get("processes_per_contender")
-    own = f"each contender in {count} processes of its own (compiled: in one), " if count else ""
+    own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
     return textwrap.fill(
         f"CPU times: medians of interleaved rounds of one run, {own}{source['threads']} threads on a shared "
         f"{source['processor']} with {source['vectors']}, float32, channels_last, torch {source['torch']}, "

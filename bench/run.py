@@ -13,7 +13,7 @@ import torch
 from bench import ceilings, report
 from bench.cases import TABLES, Case
 from bench.results import FOLDER, Results, provenance
-from bench.runner import POISONED, PROCESSES, Poisoned, run_cases
+from bench.runner import POISONED, Poisoned, run_cases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def measure(
     start = time.monotonic()
     source = provenance(device)
     if device.type == "cpu":
-        source["processes_per_contender"] = PROCESSES
+        source["processes"] = "own"
     results = Results.reopen(output) if append else Results(output, {"provenance": source})
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

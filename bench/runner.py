@@ -23,7 +23,6 @@ POISONED = 3  # exit status after an error that no later launch of this process 
 FATAL = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
 # Uncounted rounds: a young process's first runs meet memory that the system has yet to hand out.
 WARM_UP = {"cuda": 1, "cpu": 2}
-PROCESSES = 3  # of a contender on a CPU, one after the other; a compiled one has a single process
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def setting(case: Case, device: torch.device, make_contender: Build, cold: bool,
             return Worker(Task(label, case, make_contender, cold, torch.get_num_threads(), turn))
         return Local(make_contender(label, case, base, x), case, device, cold)
 
-    return Setting(start, lambda who: check.expected(who, case, base, x), PROCESSES if isolated else 1)
+    return Setting(start, lambda who: check.expected(who, case, base, x), case.processes if isolated else 1)
 
 
 class Field:

@@ -232,7 +232,7 @@ def test_tables_hold_what_they_promise() -> None:
     default = TABLES["cpu"]()
     slow = [case for case in default if case.subject == "seqresnet_b42" and "reference compiled" in case.contenders]
     assert slow == default[-1:], "B42's compiled reference compiles for minutes: last, so that it costs no other row"
-    assert slow[0].minutes >= 4
+    assert slow[0].minutes >= 3.5
     assert any("reference compiled" in case.contenders for case in default)
 
 

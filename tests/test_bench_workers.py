@@ -91,7 +91,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
 @pytest.mark.parametrize("case", [SMALL, TRAINED], ids=["eval", "training"])
 def test_rows_are_those_of_one_process(case: Case, started: dict[str, list[int]]) -> None:
     """All but the times: errors and bytes, too."""
-    case = replace(case, rounds=3)
+    case = replace(case, rounds=3, processes=3)
     rows, here = (runner.run_case(case, CPU, None, isolated=isolated) for isolated in (True, False))
     assert [
         {k: v for k, v in row.items() if k not in ("seconds", "median", "lower", "upper", "error")} for row in rows
@@ -99,7 +99,7 @@ def test_rows_are_those_of_one_process(case: Case, started: dict[str, list[int]]
     for row in rows:
         assert len(row["seconds"]) == 3 and row["lower"] <= row["median"] <= row["upper"] and row["error"] < 1e-5
     processes = [process for label in case.contenders for process in started[label]]
-    assert len(set(processes)) == 2 * runner.PROCESSES and os.getpid() not in processes
+    assert len(set(processes)) == 2 * case.processes and os.getpid() not in processes
 
 
 @pytest.mark.parametrize("case", [SMALL, TRAINED], ids=["eval", "training"])

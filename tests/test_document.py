@@ -146,8 +146,8 @@ def test_results_in_the_repository_are_readable() -> None:
             assert json.loads(path.read_text())["provenance"]["revision"]
 
 
-def test_caption_tells_how_many_processes_there_were() -> None:
+def test_caption_says_whose_the_processes_were() -> None:
     source = {"threads": 2, "processor": "a CPU", "vectors": "AVX2", "torch": "2", "date": "today", "revision": "r"}
     assert "processes" not in document.caption({"provenance": source})
-    text = document.caption({"provenance": source | {"processes_per_contender": 3}})
-    assert "each contender in 3 processes of its own" in text.replace("\n", " ")
+    text = document.caption({"provenance": source | {"processes": "own"}})
+    assert "each contender in processes of its own" in text.replace("\n", " ")
