@@ -81,7 +81,9 @@ class Worker:
 
     def first(self) -> tuple[Row, Found]:
         facts: Row = self.ask("first")
-        return facts, torch.load(self.found)
+        found: Found = torch.load(self.found)
+        self.folder.cleanup()
+        return facts, found
 
     def run(self) -> dict[str, float]:
         time.sleep(REST)

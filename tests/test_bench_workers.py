@@ -220,10 +220,8 @@ if __name__ == "__main__":
 def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANED)
-    root = Path(__file__).parents[1]
-    parent = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}, text=True
-    )
+    places = {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=os.environ | places, text=True)
     assert parent.stdout is not None
     process = int(parent.stdout.readline())
     assert alive(process)
