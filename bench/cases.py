@@ -52,6 +52,7 @@ class Case:
     image: int = 224
     dtype: str = "float32"
     minutes: float = 0.5  # no less must be left of a run's time for this case to begin
+    processes: int = 2  # of an eager contender on a CPU, which divide the rounds
 
     @property
     def name(self) -> str:
@@ -80,19 +81,19 @@ def cpu(full: bool = False) -> list[Case]:
     """
     b42, b22, next24 = FIRST, "seqresnet_b22", "seqresnext_24"
     cases = [
-        Case(b42, False, 8, ("reference eager", *OURS, *RESNETS), minutes=1),
-        Case(b42, True, 4, ("reference eager", *OURS), 5, minutes=1.5),
-        *(Case(b42, False, batch, ("reference eager", *OURS), 9) for batch in (1, 2, 4)),
-        *(Case(b42, True, batch, ("reference eager", *OURS), 5) for batch in (1, 2)),
-        Case(b22, False, 8, (*REFERENCE, *OURS), minutes=3.5),
-        *growth(4, rounds=5, minutes=0.1),
-        Case(f"{b22} stage 4", True, 4, (*REFERENCE, *OURS), 5, minutes=1.5),
-        *stages(b42, 8, False, rounds=5, minutes=0.2),
-        *layers(4, rounds=5, minutes=0.1),
-        Case(next24, False, 8, PLAIN, 5),
-        Case(b22, True, 4, PLAIN, 5),
-        *stages(b42, 4, True, rounds=3, minutes=0.3),
-        Case(b42, False, 8, (*REFERENCE, *OURS, *RESNETS), minutes=4.5),
+        Case(b42, False, 8, (*PLAIN, *RESNETS), 6, minutes=1),
+        Case(b42, True, 4, PLAIN, 6, minutes=1.5, processes=3),
+        *(Case(b42, False, batch, PLAIN, 8) for batch in (1, 2, 4)),
+        Case(b42, True, 2, PLAIN, 6),
+        Case(b22, False, 8, (*REFERENCE, *OURS), 9, minutes=3, processes=3),
+        *growth(4, rounds=6, minutes=0.1),
+        Case(f"{b22} stage 4", True, 4, (*REFERENCE, *OURS), 6, minutes=1.5),
+        *stages(b42, 8, False, rounds=6, minutes=0.2),
+        *layers(4, rounds=6, minutes=0.1),
+        Case(next24, False, 8, PLAIN, 6),
+        Case(b22, True, 4, PLAIN, 6, processes=3),
+        *stages(b42, 4, True, rounds=4, minutes=0.3),
+        Case(b42, False, 8, (*REFERENCE, *OURS), 9, minutes=3.5, processes=3),
     ]
     if full:
         cases += [
@@ -101,8 +102,8 @@ def cpu(full: bool = False) -> list[Case]:
             Case(b22, False, 1, PLAIN, 9),
             Case(next24, False, 1, PLAIN, 9),
             Case(b42, True, 4, ("ours compiled", "resnet50 compiled", "resnet101 compiled"), 5),
-            Case(b42, False, 8, (*REFERENCE, *OURS, "ours max-autotune", *PEERS)),
-            Case(b42, True, 4, (*REFERENCE, *OURS), 5),
+            Case(b42, False, 8, (*REFERENCE, *OURS, "ours max-autotune", *PEERS), 9, processes=3),
+            Case(b42, True, 4, (*REFERENCE, *OURS), 6, processes=3),
         ]
     return cases
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from bench.timing import interleave
+from bench.timing import Mark, Run, interleave, timed
 
 
 class Ceilings(NamedTuple):
@@ -34,15 +35,16 @@ def measure(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> Ceilin
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
 
-    def copy(mark: object) -> None:
+    def copy(mark: Mark) -> None:
         target.copy_(source)
-        mark("copy")  # type: ignore[operator]
+        mark("copy")
 
-    def multiply(mark: object) -> None:
+    def multiply(mark: Mark) -> None:
         torch.mm(left, right, out=product)
-        mark("multiply")  # type: ignore[operator]
+        mark("multiply")
 
-    found = interleave({"copy": copy, "multiply": multiply}, rounds, device, warm_up=2)
+    runs: dict[str, Run] = {"copy": copy, "multiply": multiply}
+    found = interleave({name: partial(timed, run, device) for name, run in runs.items()}, rounds, warm_up=2)
     return Ceilings(
         2 * source.numel() * 4 / min(found["copy"]["copy"].seconds),
         2 * side**3 / min(found["multiply"]["multiply"].seconds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 import seqconv_triton as sct
 from bench import peers
 from bench.cases import Case
-from bench.contenders import Contender, build
+from bench.contenders import Contender, Found, build
 from bench.timing import unmarked
 
 # Relative RMS error that is allowed beyond twice that of the plain code in the same precision.
 FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
 BLIND = 0.5  # never more than this, whatever the plain code's error: zeros are off by 1
 NUDGE = 4.0  # deviations between the features and ReLU's corner, where a rounding turns a gradient on or off
+PIECE = 2**20  # numbers that are compared at a time: in double precision whole networks' gradients are large
 CHUNK = 16  # images whose exact evaluation is computed at a time
 
 
@@ -25,10 +27,12 @@ class Wrong(RuntimeError):
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; NaN where either holds one."""
-    got, expected = got.double(), expected.double()
-    distance = (got - expected).norm().item()
-    scale = expected.norm().item()
+    """Relative RMS error; NaN where either holds one, infinite for another shape."""
+    if got.shape != expected.shape:
+        return math.inf
+    pieces = zip(got.flatten().split(PIECE), expected.flatten().split(PIECE), strict=True)
+    norms = [(torch.dist(one.double(), other.double()), other.double().norm()) for one, other in pieces]
+    distance, scale = (torch.stack(values).norm().item() for values in zip(*norms, strict=True))
     return distance / scale if scale else distance
 
 
@@ -93,7 +97,19 @@ def exact_results(who: str, case: Case, base: nn.Module, x: Tensor) -> dict[str,
 
 
 def results_of(contender: Contender, case: Case) -> dict[str, Tensor]:
-    """What a run computes.
+    """What a run computes, each result one tensor."""
+    return joined(pieces_of(contender, case))
+
+
+def joined(found: Found) -> dict[str, Tensor]:
+    return {
+        name: value if isinstance(value, Tensor) else torch.cat([piece.flatten() for piece in value])
+        for name, value in found.items()
+    }
+
+
+def pieces_of(contender: Contender, case: Case) -> Found:
+    """What a run computes, as the run left it in memory.
 
     Training runs with features away from ReLU's corner: else rounding, which turns single gradients on or off, drowns
     them, in a stage of 88 groups already (float32 errors of 1e-4 to 4e-3, the plain code's too). Single layers in

@@ -14,7 +14,7 @@ def compare(first: Path, second: Path) -> str:
     a, b = load(first), load(second)
     before, after = timed(a["rows"]), timed(b["rows"])
     lines = []
-    for name in ("processor", "gpu", "threads", "torch", "triton", "revision", "date"):
+    for name in ("processor", "gpu", "threads", "processes", "torch", "triton", "revision", "date"):
         left, right = (c["provenance"].get(name) for c in (a, b))
         if left != right:
             lines.append(f"{name}: {left} | {right}")

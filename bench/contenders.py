@@ -18,6 +18,8 @@ from bench.timing import Mark, Run, unmarked
 
 MODES = {"compiled": "default", "max-autotune": "max-autotune"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a run computed, by name; a list's tensors, flat and one behind the other, are one result.
+Found = dict[str, Tensor | list[Tensor]]
 
 
 @dataclass
@@ -32,15 +34,18 @@ class Contender:
     state: Callable[[], list[Tensor]] = list
     results: dict[str, Tensor] = field(default_factory=dict)
     module: nn.Module | None = None
-    gather: Callable[[], dict[str, Tensor]] = dict
+    gather: Callable[[], Found] = dict
 
-    def found(self) -> dict[str, Tensor]:
-        """Everything that the last run computed, by name."""
-        return self.results | self.gather()
+    def found(self) -> Found:
+        """Everything that the last run computed; nothing is copied."""
+        return {**self.results, **self.gather()}
 
-    @property
-    def compiled(self) -> bool:
-        return self.label.split()[-1] in MODES
+
+Build = Callable[[str, Case, nn.Module, Tensor], Contender]
+
+
+def compiled(label: str) -> bool:
+    return label.split()[-1] in MODES
 
 
 def backend(who: str, device: torch.device) -> str | None:
@@ -129,9 +134,9 @@ def training(
         grown = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
         return [*tensors(module), x, *grown, *above]
 
-    def gather() -> dict[str, Tensor]:
-        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
-        return {"gradients": torch.cat(gradients)} | ({} if x.grad is None else {"input gradient": x.grad})
+    def gather() -> Found:
+        found: Found = {"gradients": [p.grad for p in module.parameters() if p.grad is not None]}
+        return found if x.grad is None else found | {"input gradient": x.grad}
 
     return Contender(label, run, state, results, module, gather)
 

@@ -71,8 +71,9 @@ def measured() -> str:
 
 def caption(contents: Contents) -> str:
     source = contents["provenance"]
+    own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
     return textwrap.fill(
-        f"CPU times: medians of interleaved rounds of one run, {source['threads']} threads on a shared "
+        f"CPU times: medians of interleaved rounds of one run, {own}{source['threads']} threads on a shared "
         f"{source['processor']} with {source['vectors']}, float32, channels_last, torch {source['torch']}, "
         f"{source['date']}, revision {source['revision']}.",
         width=120,

@@ -12,7 +12,7 @@ Find = Callable[..., Row | None]
 
 
 def finder(contents: dict[str, Any]) -> Find:
-    """A function that looks a timed row up; of several the last one, which ran in the largest company."""
+    """A function that looks a timed row up; of several the last one, whose case has all contenders in its rounds."""
 
     def find(subject: str, part: str, batch: int, contender: str, dtype: str = "bfloat16") -> Row | None:
         wanted = (subject, part, batch, contender, dtype)

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from bench import kernels
 from bench.cases import Case
-from bench.check import Expected, Wrong, relative_error
+from bench.check import Expected, relative_error
 from bench.contenders import DTYPES, Contender
-from bench.runner import Prepared, identity
-from bench.timing import Mark, Run, unmarked
+from bench.participants import Local
+from bench.runner import Setting
+from bench.timing import Mark
 
 
-def prepare_kernel(case: Case, device: torch.device) -> Prepared:
-    """Both contenders, checked against PyTorch's ops in float32."""
-    from bench import kernels
-
+def setting(case: Case, device: torch.device) -> Setting:
+    """Both contenders in this process, compared with PyTorch's ops in float32."""
     dtype = DTYPES[case.dtype]
     kernel = kernels.make(case.subject, case.batch, case.image, dtype, device)
-    exact, plain = kernel.torch(torch.float32), kernel.torch(dtype)
-    expected = Expected({"output": exact}, {"output": relative_error(plain, exact)})
-    prepared = Prepared()
-    for label, function in (("torch plain", lambda: kernel.torch(dtype)), ("ours plain", kernel.ours)):
-        if label not in case.contenders:
-            continue
+    functions: dict[str, Callable[[], Tensor]] = {"torch plain": lambda: kernel.torch(dtype), "ours plain": kernel.ours}
+
+    def start(label: str, _: int) -> Local:
         results: dict[str, Tensor] = {}
 
-        def run(mark: Mark, function: object = function, results: dict[str, Tensor] = results) -> None:
-            results["output"] = function()  # type: ignore[operator]
+        def run(mark: Mark) -> None:
+            results["output"] = functions[label]()
             mark("eval")
 
-        chosen: Run = run
-        contender = Contender(label, chosen, results=results)
-        row = identity(case, label)
-        try:
-            contender.run(unmarked)
-            row["error"] = expected.check(contender.found(), case.dtype)
-        except Wrong as reason:
-            prepared.refused.append(row | {"wrong": str(reason)})
-        except Exception as error:
-            prepared.refused.append(row | {"failed": f"{type(error).__name__}: {error}"})
-        else:
-            prepared.right[label], prepared.facts[label] = contender, row
-    return prepared
+        return Local(Contender(label, run, results=results), case, device)
+
+    def expected(_: str) -> Expected:
+        exact = kernel.torch(torch.float32)
+        return Expected({"output": exact}, {"output": relative_error(kernel.torch(dtype), exact)})
+
+    return Setting(start, expected)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import IO
 
 
@@ -30,11 +31,7 @@ class Background:
             self.kill()
 
     def kill(self) -> None:
-        """Whatever of the group is left: test workers and compilers outlive who started them."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (AttributeError, ProcessLookupError, PermissionError):
-            self.process.kill()
+        kill_group(self.process)
         self.process.wait()
 
     def lines(self) -> list[str]:
@@ -43,6 +40,15 @@ class Background:
             return []
         self.output.seek(0)
         return self.output.read().decode(errors="replace").splitlines()
+
+
+def kill_group(leader: subprocess.Popen[bytes] | BaseProcess) -> None:
+    """Whatever of the group is left: test workers and compilers outlive who started them."""
+    assert leader.pid, "not started"  # 0 would be one's own group
+    try:
+        os.killpg(leader.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError, PermissionError):
+        leader.kill()
 
 
 def spawn(command: Sequence[str], quiet: bool = True) -> Background:

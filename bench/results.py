@@ -137,5 +137,5 @@ def median(row: Row) -> float | None:
 
 
 def timed(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
-    """Rows with times, by key; of two with one key the later one, which ran in larger company."""
+    """Rows with times, by key; of two with one key the later one, whose case has more contenders in its rounds."""
     return {key(row): row for row in rows if row.get("seconds")}

@@ -70,7 +70,10 @@ def measure(
 ) -> Results:
     """Run cases into a results file that is whole after every case. Raises Poisoned."""
     start = time.monotonic()
-    results = Results.reopen(output) if append else Results(output, {"provenance": provenance(device)})
+    source = provenance(device)
+    if device.type == "cpu":
+        source["processes"] = "own"
+    results = Results.reopen(output) if append else Results(output, {"provenance": source})
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,84 +1,119 @@
-"""Run cases: build every contender, check its results, measure memory, time what is right in interleaved rounds."""
+"""Run cases: start every contender, check its results, time what is right in interleaved rounds, measure memory."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench import check, memory, peers, subjects
+from bench import check, peers, subjects
 from bench.cases import Case
 from bench.ceilings import Ceilings
-from bench.contenders import Contender, build
+from bench.contenders import Build, build, compiled
+from bench.participants import Local, Participant, reason
 from bench.results import Results, Row
-from bench.timing import Timing, cold_compilation, interleave
+from bench.timing import Timing, interleave
+from bench.workers import Task, Worker
 
 POISONED = 3  # exit status after an error that no later launch of this process can survive
 FATAL = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
+# Uncounted rounds: a young process's first runs meet memory that the system has yet to hand out.
+WARM_UP = {"cuda": 1, "cpu": 2}
 
 
-@dataclass
-class Prepared:
-    """A case's contenders that may be timed, what is known of them, and the rows of those that may not."""
+@dataclass(frozen=True)
+class Setting:
+    """Where a case's participants come from, by label and turn, and what each family of them is compared with."""
 
-    right: dict[str, Contender] = field(default_factory=dict)
-    facts: dict[str, Row] = field(default_factory=dict)
-    refused: list[Row] = field(default_factory=list)
-
-
-Build = Callable[[str, Case, nn.Module, torch.Tensor], Contender]
+    start: Callable[[str, int], Participant]
+    expected: Callable[[str], check.Expected]
+    processes: int = 1
 
 
-def prepare(case: Case, device: torch.device, make_contender: Build = build, cold: bool = True) -> Prepared:
-    """Build, run once and check; whoever fails, is wrong or is not installed gets a row that says so."""
+def setting(case: Case, device: torch.device, make_contender: Build, cold: bool, isolated: bool) -> Setting:
+    """Contenders in processes of their own, or all in this one, with copies of one module and the same input."""
+    if case.subject.startswith("kernel "):
+        from bench import kernel_runner
+
+        return kernel_runner.setting(case, device)
     base, shape = subjects.make(case.subject, case.image)
     base = base.to(device)
     x = subjects.random_input(shape, case.batch, device)
-    prepared, specifications = Prepared(), {}
-    for label in case.contenders:
-        row: Row = identity(case, label)
-        try:
-            who = check.family(label)
-            if who in peers.PEERS:
-                row["version"] = peers.label()
-            if who not in specifications:
-                specifications[who] = check.expected(who, case, base, x)
-            contender = make_contender(label, case, base, x)
-            start = time.perf_counter()
-            if contender.compiled and cold and device.type == "cpu":
-                with cold_compilation():
-                    found = check.results_of(contender, case)
+
+    def start(label: str, turn: int) -> Participant:
+        if isolated:
+            return Worker(Task(label, case, make_contender, cold, torch.get_num_threads(), turn))
+        return Local(make_contender(label, case, base, x), case, device, cold)
+
+    return Setting(start, lambda who: check.expected(who, case, base, x), case.processes if isolated else 1)
+
+
+class Field:
+    """A case under way: the participants that may be timed, what is known of them, and the rows of the others.
+
+    Leaving the context ends all participants.
+    """
+
+    def __init__(self, case: Case, device: torch.device, where: Setting) -> None:
+        self.case, self.device, self.where = case, device, where
+        self.right: dict[str, Participant] = {}
+        self.facts: dict[str, Row] = {}
+        self.refused: list[Row] = []
+        self.expected: dict[str, check.Expected] = {}
+
+    def __enter__(self) -> Field:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for participant in self.right.values():
+            participant.close()
+        self.right.clear()
+
+    def enter(self, turn: int) -> None:
+        """Start all contenders, or anew those who are right and cheap to start: compilation may take minutes."""
+        for label in self.case.contenders if turn == 0 else [name for name in self.right if not compiled(name)]:
+            if label in self.right:
+                self.right.pop(label).close()
+            row: Row = identity(self.case, label)
+            try:
+                who = check.family(label)
+                if who in peers.PEERS:
+                    row["version"] = peers.label()
+                if who not in self.expected:
+                    self.expected[who] = self.where.expected(who)
+                row |= self.begin(label, turn, self.expected[who])
+            except peers.NotInstalled as why:
+                self.refused.append(row | {"not_measured": str(why)})
+            except check.Wrong as why:
+                self.refused.append(row | {"wrong": str(why)})
+            except Exception as error:  # the other contenders' rows must not be lost
+                self.refused.append(row | {"failed": reason(error)})
+                if self.device.type == "cuda":
+                    gc.collect()
+                    torch.cuda.empty_cache()
             else:
-                found = check.results_of(contender, case)
-                synchronize(device)
-            if contender.compiled:
-                row["compile_seconds"] = time.perf_counter() - start
-                row["caches"] = "cold" if cold and device.type == "cpu" else "warm"
-            row["error"] = specifications[who].check(found, case.dtype)
-            if not label.endswith(" graph"):  # whose memory is a pool that no run changes
-                row["peak_bytes"] = memory.peak(contender, device)
-            if case.training and not contender.compiled:
-                row["kept_bytes"] = memory.kept(contender)
-            contender.results.clear()
-            del found
-        except peers.NotInstalled as reason:
-            prepared.refused.append(row | {"not_measured": str(reason)})
-        except check.Wrong as reason:
-            prepared.refused.append(row | {"wrong": str(reason)})
-        except Exception as error:  # the other contenders' rows must not be lost
-            lines = str(error).strip().splitlines() or [""]
-            prepared.refused.append(row | {"failed": f"{type(error).__name__}: {lines[0]}"})
-            if device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
-        else:
-            prepared.right[label], prepared.facts[label] = contender, row
-    return prepared
+                self.facts[label] = row
+
+    def begin(self, label: str, turn: int, expected: check.Expected) -> Row:
+        """Start a participant, run it once, check it: what its row has to say. Whoever is wrong ends at once."""
+        participant = self.where.start(label, turn)
+        try:
+            facts, found = participant.first()
+            error = expected.check(check.joined(found), self.case.dtype)
+        except BaseException:
+            participant.close()
+            raise
+        self.right[label] = participant
+        return facts | {"error": error}
+
+    def fail(self, label: str, error: Exception) -> None:
+        """Who fails later has no time either."""
+        self.right.pop(label).close()
+        self.refused.append(self.facts[label] | {"failed": reason(error)})
 
 
 def identity(case: Case, label: str) -> Row:
@@ -90,27 +125,47 @@ def identity(case: Case, label: str) -> Row:
 
 
 def run_case(
-    case: Case, device: torch.device, ceilings: Ceilings | None, make_contender: Build = build, cold: bool = True
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings | None,
+    make_contender: Build = build,
+    cold: bool = True,
+    isolated: bool = False,
 ) -> list[Row]:
-    """All rows of a case: one a contender and part, those without a time last."""
-    if case.subject.startswith("kernel "):
-        from bench.kernel_runner import prepare_kernel
+    """All rows of a case: one a contender and part, those without a time last.
 
-        prepared = prepare_kernel(case, device)
-    else:
-        prepared = prepare(case, device, make_contender, cold)
+    `isolated`, on a CPU, gives every contender processes of its own, among which the rounds are divided;
+    `make_contender` is then pickled.
+    """
     work = counted(case) if ceilings is not None else {}
-    timings = interleave({label: c.run for label, c in prepared.right.items()}, case.rounds, device)
+    timings: dict[str, dict[str, Timing]] = {}
     rows = []
-    for label, by_part in timings.items():
-        for part, timing in by_part.items():
-            row = prepared.facts[label] | {"part": part}
-            if part not in ("eval", "step"):
-                row = {k: v for k, v in row.items() if k not in ("compile_seconds", "peak_bytes", "kept_bytes")}
-            rows.append(row | figures(timing) | roofline_of(label, part, work, ceilings))
-    prepared.right.clear()
+    with Field(case, device, setting(case, device, make_contender, cold, isolated)) as field:
+        turns = min(field.where.processes, case.rounds)
+        for turn in range(turns):
+            field.enter(turn)
+            if turn == turns - 1:
+                field.expected.clear()  # its memory may be what the runs need
+            runs = {label: participant.run for label, participant in field.right.items()}
+            for label, by_part in interleave(runs, -(-case.rounds // turns), WARM_UP[device.type], field.fail).items():
+                for part, timing in by_part.items():
+                    timings.setdefault(label, {}).setdefault(part, Timing()).seconds += timing.seconds
+            del runs
+        for label in [name for name in case.contenders if name in field.right]:
+            try:
+                facts = field.facts[label] | field.right[label].memory()
+            except Exception as error:
+                field.fail(label, error)
+                continue
+            for part, timing in timings[label].items():
+                row = facts | {"part": part}
+                if part not in ("eval", "step"):
+                    row = {k: v for k, v in row.items() if k not in ("compile_seconds", "peak_bytes", "kept_bytes")}
+                rows.append(row | figures(timing) | roofline_of(label, part, work, ceilings))
+    refused = field.refused
+    del field
     release(device)
-    return rows + prepared.refused
+    return rows + refused
 
 
 def figures(timing: Timing) -> Row:
@@ -140,11 +195,6 @@ def roofline_of(label: str, part: str, work: dict[str, Any], ceilings: Ceilings 
         "triton_launches": len(found),
         "roofline_seconds": predicted(found, ceilings)["roofline_seconds"],
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def release(device: torch.device) -> None:
@@ -181,11 +231,9 @@ def run_cases(
             rows = [identity(case, label) | {"not_measured": "no time left"} for label in case.contenders]
         else:
             try:
-                rows = run_case(case, device, ceilings, cold=cold)
+                rows = run_case(case, device, ceilings, cold=cold, isolated=device.type == "cpu")
             except Exception as error:
-                line = (str(error).strip().splitlines() or [""])[0]
-                failed = {"failed": f"{type(error).__name__}: {line}"}
-                rows = [identity(case, label) | failed for label in case.contenders]
+                rows = [identity(case, label) | {"failed": reason(error)} for label in case.contenders]
         results.extend([row | {"case": number} for row in rows])
         show(case, rows)
         if any(text in row.get("failed", "") for row in rows for text in FATAL):

@@ -95,19 +95,34 @@ def timed(run: Run, device: torch.device) -> dict[str, float]:
 
 
 def interleave(
-    contenders: Mapping[str, Run], rounds: int, device: torch.device, warm_up: int = 1
+    contenders: Mapping[str, Callable[[], Mapping[str, float]]],
+    rounds: int,
+    warm_up: int = 1,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, dict[str, Timing]]:
     """Timings of every contender by part, one run of each a round; the first `warm_up` rounds do not count.
 
-    The order turns by one every round, so that nobody always follows the same neighbour's cache.
+    A contender runs once and returns the seconds of its parts. The order turns by one every round, so that nobody
+    always follows the same neighbour's cache. Who raises goes to `failed` and is left out, times and all; without
+    `failed` the error is raised.
     """
     timings: dict[str, dict[str, Timing]] = {name: {} for name in contenders}
     names = list(contenders)
     for i in range(warm_up + rounds):
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            for part, seconds in timed(contenders[name], device).items():
-                if i >= warm_up:
+            if name not in timings:
+                continue
+            try:
+                found = contenders[name]()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                del timings[name]
+                continue
+            if i >= warm_up:
+                for part, seconds in found.items():
                     timings[name].setdefault(part, Timing()).seconds.append(seconds)
     return timings
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import seqconv_triton as sct
-from bench import dry, kernels, predict, roofline
+from bench import dry, kernels, predict, roofline, runner
 from bench.cases import KERNELS, Case
 from bench.ceilings import Ceilings
 from seqconv_triton.plan import Plan, Tail
@@ -109,6 +109,15 @@ def test_kernels_alone_compute_what_torch_does(name: str, family: str) -> None:
     got, expected = kernel.ours(), kernel.torch(torch.float64)
     assert got.shape == expected.shape
     assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_a_kernel_takes_part_beside_torch() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case("kernel statistics, cifar_seqresnet_b_r7_k16 stage 3", False, 1, ("torch plain", "ours plain"), 2, 32)
+    rows = runner.run_case(case, device, None)
+    assert [row["contender"] for row in rows] == ["torch plain", "ours plain"]
+    for row in rows:
+        assert len(row["seconds"]) == 2 and row["part"] == "eval" and row["error"] < 1e-5 and "peak_bytes" not in row
 
 
 @pytest.mark.parametrize("family", KERNELS)

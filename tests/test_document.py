@@ -144,3 +144,10 @@ def test_results_in_the_repository_are_readable() -> None:
         if path.exists():
             assert load(path)["rows"]
             assert json.loads(path.read_text())["provenance"]["revision"]
+
+
+def test_caption_says_whose_the_processes_were() -> None:
+    source = {"threads": 2, "processor": "a CPU", "vectors": "AVX2", "torch": "2", "date": "today", "revision": "r"}
+    assert "processes" not in document.caption({"provenance": source})
+    text = document.caption({"provenance": source | {"processes": "own"}})
+    assert "each contender in processes of its own" in text.replace("\n", " ")
