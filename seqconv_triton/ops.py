@@ -6,13 +6,15 @@ torch.compile finds one opaque node a stage. `functional.stage` is what calls th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend import StageGradients, StageParameters, Statistics, WantedGradients, aten
+from seqconv_triton.backend import StageGradients, StageParameters, Statistics, WantedGradients, aten, aten_memory
 from seqconv_triton.backend.across_ranks import AcrossRanks, process_group
 from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
 from seqconv_triton.plan import Plan
@@ -38,14 +40,27 @@ def profiled(what: str, plan: Plan) -> AbstractContextManager[Any]:
 
 
 def _allocate_forward(
-    x: Tensor, plan: Plan, batch_statistics: bool, keep: bool, keep_inner: bool, group: str
+    x: Tensor,
+    plan: Plan,
+    batch_statistics: bool,
+    keep: bool,
+    keep_inner: bool,
+    group: str,
+    empty_strided: Callable[..., Tensor] = Tensor.new_empty_strided,
 ) -> list[Tensor]:
-    """out, buffer, z, four statistics and the ranks' counts, uninitialised; what is not kept has no elements."""
+    """out, buffer, z, four statistics and the ranks' counts, uninitialised; what is not kept has no elements.
+
+    `empty_strided` gives the memory for what is kept.
+    """
     images, _, height, width = x.shape
     groups, k = len(plan.groups), plan.group_width
     out = empty_channels_last(x, plan.out_channels, plan.out_size(height), plan.out_size(width))
-    buffer = empty_channels_last(x, plan.total_channels, height, width) if keep else x.new_empty(0)
-    z = x.new_empty((groups, images, height, width, k)) if keep_inner and plan.bottleneck else x.new_empty(0)
+    buffer, z = x.new_empty(0), x.new_empty(0)
+    if keep:
+        buffer = empty_channels_last(x, plan.total_channels, height, width, empty_strided)
+    if keep_inner and plan.bottleneck:
+        strides = (images * height * width * k, height * width * k, width * k, k, 1)
+        z = empty_strided(x, (groups, images, height, width, k), strides)
     precise = statistics_dtype(x.dtype)
     sizes = [plan.normalized_channels] * 2 + [groups * k if plan.bottleneck else 0] * 2
     statistics = [x.new_empty(size if batch_statistics else 0, dtype=precise) for size in sizes]
@@ -78,7 +93,11 @@ def stage_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     decoded = decode(plan)
-    out, buffer, z, *batch, counts = _allocate_forward(x, decoded, batch_statistics, keep, keep_inner, group)
+    if not keep:
+        aten_memory.release(norm_weight)
+    out, buffer, z, *batch, counts = _allocate_forward(
+        x, decoded, batch_statistics, keep, keep_inner, group, partial(aten_memory.empty_strided, norm_weight)
+    )
     parameters = StageParameters(
         reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
     )

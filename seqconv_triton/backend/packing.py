@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from seqconv_triton.plan import Plan
@@ -37,10 +39,16 @@ def group_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     return mask.split(sizes, dim=1)
 
 
-def empty_channels_last(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def empty_channels_last(
+    like: Tensor,
+    channels: int,
+    height: int,
+    width: int,
+    empty_strided: Callable[..., Tensor] = torch.Tensor.new_empty_strided,
+) -> Tensor:
     """An uninitialised [N, channels, height, width] tensor with channels-last strides, N and dtype as `like`."""
     strides = (height * width * channels, 1, width * channels, channels)
-    return like.new_empty_strided((like.shape[0], channels, height, width), strides)
+    return empty_strided(like, (like.shape[0], channels, height, width), strides)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
