@@ -1,8 +1,8 @@
 """The table of cases: what runs, on how many images, who takes part, for how many rounds; the important ones first.
 
 A contender is "who how": who is ours, reference (the concatenating code) or a peer of `peers.py`; how is eager,
-compiled, max-autotune (torch.compile), graph (a CUDA graph), or plain for kernels. A subject is a model's name, a stage
-of it ("seqresnet_b42 stage 3"), a layer or a kernel of the tables below.
+compiled, max-autotune (torch.compile), fused (sct.fuse; evaluation only), graph (a CUDA graph), or plain for kernels. A
+subject is a model's name, a stage of it ("seqresnet_b42 stage 3"), a layer or a kernel of the tables below.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ FIRST = "seqresnet_b42"
 OURS = ("ours eager", "ours compiled")
 REFERENCE = ("reference eager", "reference compiled")
 PLAIN = ("reference eager", "ours eager")
+FUSED = (*PLAIN, "reference fused", "ours fused")
 RESNETS = ("resnet50 compiled", "resnet101 compiled", "resnet152 compiled")
 PEERS = (*RESNETS, "resnext50_32x4d compiled", "densenet169 compiled")
 GRAPHS = ("ours graph", "resnet50 graph", "resnet152 graph", "reference graph")
@@ -81,9 +82,10 @@ def cpu(full: bool = False) -> list[Case]:
     """
     b42, b22, next24 = FIRST, "seqresnet_b22", "seqresnext_24"
     cases = [
-        Case(b42, False, 8, (*PLAIN, *RESNETS), 6, minutes=1),
+        Case(b42, False, 8, (*FUSED, *RESNETS), 6, minutes=1),
         Case(b42, True, 4, PLAIN, 6, minutes=1.5, processes=3),
-        *(Case(b42, False, batch, PLAIN, 8) for batch in (1, 2, 4)),
+        Case(b42, False, 1, FUSED, 8),
+        *(Case(b42, False, batch, PLAIN, 8) for batch in (2, 4)),
         Case(b42, True, 2, PLAIN, 6),
         Case(b22, False, 8, (*REFERENCE, *OURS), 9, minutes=3, processes=3),
         *growth(4, rounds=6, minutes=0.1),

@@ -21,7 +21,7 @@ LOOKS = {
     "resnext50_32x4d": ("#e69f00", "P"),
     "densenet169": ("#000000", "X"),
 }
-STYLES = {"eager": ":", "compiled": "-", "max-autotune": "--", "graph": "-."}
+STYLES: dict[str, Any] = {"eager": ":", "compiled": "-", "max-autotune": "--", "fused": (0, (5, 1)), "graph": "-."}
 Rows = list[Row]
 
 

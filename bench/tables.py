@@ -9,7 +9,7 @@ from bench.report import mebibytes, milliseconds, speed
 from bench.results import Row, timed
 
 Contents = dict[str, Any]
-FORMS = ("eager", "compiled", "max-autotune", "graph", "plain")
+FORMS = ("eager", "compiled", "max-autotune", "fused", "graph", "plain")
 
 
 def fastest(rows: dict[str, Row], who: str) -> float:
