@@ -98,6 +98,9 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
     _meet("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
+        # gloo's threads outlive the group where DDP used it, and one that drops the last collective's tensors only when
+        # Python ends aborts the process: give them time.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
