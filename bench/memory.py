@@ -11,7 +11,7 @@ from torch.autograd.profiler import profile
 
 from bench.contenders import Contender
 from bench.timing import unmarked
-from seqconv_triton.backend import aten_memory
+from seqconv_triton.backend import aten_memory, aten_packed
 
 
 class Allocations(profile):
@@ -43,7 +43,9 @@ def peak(contender: Contender, device: torch.device) -> int:
         contender.run(unmarked)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - others
-    aten_memory.release()  # what a step uses again would not be seen
+    # What is kept from run to run would not be seen.
+    aten_memory.release()
+    aten_packed.forget()
     with Allocations(use_kineto=True, profile_memory=True) as profiler:
         contender.run(unmarked)
     changes = [

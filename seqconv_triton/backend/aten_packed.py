@@ -35,6 +35,11 @@ def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable
     return groups.__getitem__
 
 
+def forget() -> None:
+    """Free all that is remembered; the next evaluation packs again."""
+    _remembered.clear()
+
+
 def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
     images, _, height, width = x.shape
 
