@@ -16,6 +16,7 @@ from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.aten_end import End
 from seqconv_triton.backend.aten_evaluation import evaluate
 from seqconv_triton.backend.aten_gradient_windows import gradient_windows
+from seqconv_triton.backend.aten_packed import forget
 from seqconv_triton.backend.aten_parts import (
     Images,
     convolution,
@@ -122,6 +123,8 @@ def stage_backward(
     offset = plan.total_channels - plan.normalized_channels
     reduce, transform = placed_weights(parameters, plan)
     wanted = gradients.parameters
+    if wanted.reduce_weight is not None or wanted.transform_weight is not None:
+        forget(parameters.transform_weight)
     d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
     d_reduce = window_rows(wanted.reduce_weight, plan)
     masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
