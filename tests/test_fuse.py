@@ -98,6 +98,14 @@ def test_packed_weights_follow_the_weights(block: dict[str, object]) -> None:
         assert torch.equal(fused(x), expected)
 
 
+def test_nan_stays_nan_in_packed_weights() -> None:
+    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
+    x[1] = torch.nan
+    with torch.no_grad():
+        out = fused(x)
+    assert out[0].isfinite().all() and out[1].isnan().all()
+
+
 def small_fused() -> nn.Module:
     return sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16))))
 

@@ -62,10 +62,10 @@ def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
     return weights._replace(reduce=reduce, transform=transform, packed=True)
 
 
-def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int, then: str) -> Tensor:
-    """Conv with a packed weight; `then` is "none" or "relu"."""
+def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    """Conv with a packed weight. Without oneDNN's own ReLU, which turns NaN into 0."""
     one: Any = [1, 1]
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, [padding] * 2, one, one, groups, then, [], ""
+        x, weight, bias, [padding] * 2, one, one, groups, "none", [], ""
     )
     return out
