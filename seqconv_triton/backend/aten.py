@@ -148,7 +148,7 @@ def stage_backward(
             last = min(first + k, into.shape[1])
             own = raw(start + first, start + last)
             torch.clamp_min(pixels(norm.apply(own, start + first - offset)), 0, out=into[:, first:last])
-            if plan.ring_channels is not None and into.shape[1] == k:
+            if plan.ring_channels is not None and into.shape[1] == k and start >= width:
                 contiguous[start] = own
 
     end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])
