@@ -28,8 +28,8 @@ def fuse(model: Model) -> Model:
     changes nothing in a folded layer. Fold in float32 and convert afterwards: `fuse(model).bfloat16()`.
 
     On a CPU the first evaluation in float32 lays the weights out for oneDNN and keeps that second copy, which makes
-    small batches faster. Changes of a weight by `copy_`, `load_state_dict` or other counted in-place ops are seen;
-    writes into `weight.data` are not.
+    small batches faster. Changes of a weight by `copy_`, `load_state_dict`, other in-place ops or an optimizer behind a
+    backward pass are seen; in-place writes to `weight.data` or to a NumPy view of it are not.
 
     Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
     or computes its weights (parametrizations, pruning).

@@ -29,7 +29,7 @@ def make() -> sct.Stage:
 
 def blocks(stage: sct.Stage) -> list[int]:
     """Sizes of what the stage could use again, in bytes."""
-    return sorted(block.numel() for block in aten_memory._free.get(stage.norm.weight, []))
+    return sorted(block.numel() for block in aten_memory._free.get(stage.norm.weight.untyped_storage(), []))
 
 
 def gradients(stage: sct.Stage, out: Tensor) -> list[Tensor]:
@@ -75,6 +75,25 @@ def test_features_that_someone_holds_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(raw, before, strict=True))
 
 
+def test_features_may_be_changed_in_place() -> None:
+    """What comes out is no view for autograd, whatever its size."""
+    layer = randomise(sct.SeqConv2d(8, 8, 4, bottleneck=True, dtype=torch.float64))
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    expected, _ = layer.forward_raw(x)
+    raw, _ = layer.forward_raw(x)
+    assert torch.equal(raw.relu_(), expected.relu())
+
+
+def test_weights_can_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.__future__.set_swap_module_params_on_conversion` refuses weights that someone refers to weakly."""
+    stage = make()
+    gradients(stage, stage(torch.randn(2, 12, 5, 6, dtype=torch.float64)))
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    stage.float()
+    out = stage(torch.randn(2, 12, 5, 6))
+    assert all(gradient.isfinite().all() for gradient in gradients(stage, out))
+
+
 def test_other_batches() -> None:
     """A smaller batch takes the same blocks, a larger one new ones, in whose place the small ones go."""
     stage = make()
@@ -117,6 +136,16 @@ def test_uninitialised_memory_is_poisoned() -> None:
         tensor = aten_memory.empty_strided(owner, like, (2, 3), (3, 1))
         assert tensor.dtype == torch.bfloat16 and tensor.isnan().all()
         tensor.zero_()
+
+
+def test_an_evaluation_waits_while_another_thread_takes() -> None:
+    """Blocks that it has found must still be there when it takes one."""
+    with aten_memory._taking:
+        thread = threading.Thread(target=aten_memory.release)
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+    thread.join()
 
 
 def test_threads() -> None:

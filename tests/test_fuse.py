@@ -98,6 +98,54 @@ def test_packed_weights_follow_the_weights(block: dict[str, object]) -> None:
         assert torch.equal(fused(x), expected)
 
 
+def test_nan_stays_nan_in_packed_weights() -> None:
+    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
+    x[1] = torch.nan
+    with torch.no_grad():
+        out = fused(x)
+    assert out[0].isfinite().all() and out[1].isnan().all()
+
+
+def small_fused() -> nn.Module:
+    return sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16))))
+
+
+def test_packed_weights_know_weights_apart_that_lay_in_the_same_place() -> None:
+    """Temporary weights, those of functional_call, get the ids and the memory of those before them."""
+    seen = []
+    for _ in range(20):
+        weight = torch.ones(1000)
+        identity = aten_packed.identity(weight)
+        assert identity not in seen
+        seen.append(identity)
+        del weight
+    assert len({identity[1:] for identity in seen}) < 20
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_packed_weights_follow_fused_optimizers(optimizer: type[torch.optim.Optimizer]) -> None:
+    """They change weights without PyTorch's count of changes."""
+    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
+    weights = [fused.reduce_weight, fused.transform_weight]
+    with torch.no_grad():
+        before = fused(x)
+    fused(x).square().mean().backward()
+    optimizer(weights, lr=0.1, fused=True).step()
+    with torch.no_grad(), sct.use_backend("reference"):
+        expected = fused(x)
+    with torch.no_grad():
+        assert error(fused(x), expected) < 1e-5 and error(before, expected) > 1e-3
+
+
+def test_packed_weights_can_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch swaps no weight that somebody refers to weakly."""
+    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
+    with torch.no_grad():
+        expected = fused(x)
+        monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+        assert error(fused.double()(x.double()), expected) < 1e-5
+
+
 def test_packed_weights_die_with_the_model() -> None:
     before = len(aten_packed._remembered)
     fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1))))

@@ -16,6 +16,7 @@ from seqconv_triton.backend.across_ranks import AcrossRanks
 from seqconv_triton.backend.aten_end import End
 from seqconv_triton.backend.aten_evaluation import evaluate
 from seqconv_triton.backend.aten_gradient_windows import gradient_windows
+from seqconv_triton.backend.aten_packed import forget
 from seqconv_triton.backend.aten_parts import (
     Images,
     convolution,
@@ -122,6 +123,8 @@ def stage_backward(
     offset = plan.total_channels - plan.normalized_channels
     reduce, transform = placed_weights(parameters, plan)
     wanted = gradients.parameters
+    if wanted.reduce_weight is not None or wanted.transform_weight is not None:
+        forget(parameters.transform_weight)
     d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
     d_reduce = window_rows(wanted.reduce_weight, plan)
     masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
@@ -145,7 +148,7 @@ def stage_backward(
             last = min(first + k, into.shape[1])
             own = raw(start + first, start + last)
             torch.clamp_min(pixels(norm.apply(own, start + first - offset)), 0, out=into[:, first:last])
-            if plan.ring_channels is not None and into.shape[1] == k:
+            if plan.ring_channels is not None and into.shape[1] == k and start >= width:
                 contiguous[start] = own
 
     end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])

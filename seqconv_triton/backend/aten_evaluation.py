@@ -34,14 +34,14 @@ def reduced(weights: GroupWeights, window: Tensor, images: Images) -> Tensor:
     """1×1 conv and ReLU on rows [P, columns]: [P, k]."""
     assert weights.reduce is not None
     if weights.packed:
-        return pixels(packed_convolution(images(window), weights.reduce, weights.reduce_shift, 0, 1, "relu"))
+        return pixels(packed_convolution(images(window), weights.reduce, weights.reduce_shift, 0, 1).relu_())
     return pointwise(window, weights.reduce, weights.reduce_shift, images).relu_()
 
 
 def transformed(weights: GroupWeights, x: Tensor, subgroups: int) -> Tensor:
     """3×3 conv."""
     if weights.packed:
-        return packed_convolution(x, weights.transform, weights.transform_shift, 1, subgroups, "none")
+        return packed_convolution(x, weights.transform, weights.transform_shift, 1, subgroups)
     return convolution(x, weights.transform, weights.transform_shift, 1, subgroups)
 
 

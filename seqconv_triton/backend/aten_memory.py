@@ -1,7 +1,7 @@
 """What a training step keeps for backward on a CPU, in memory that the next step uses again.
 
 The C library hands large blocks back to the system when they are freed, and every page of the next step's costs a fault
-then: a third of the forward pass. A stage's blocks belong to its weights; they go with them, or at its next evaluation.
+then: a tenth of the forward pass. A stage's blocks belong to its weights; they go with them, or at its next evaluation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 LARGE = 2**20  # bytes; the C library keeps smaller blocks by itself
 
 _taking = threading.Lock()
-_free = WeakTensorKeyDictionary()  # weight → blocks that nobody uses now
+# A weight's storage → blocks that nobody uses now. Not the weight itself: PyTorch swaps none that has weak references.
+_free = WeakIdKeyDictionary()
 
 
 def empty_strided(owner: Tensor, like: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -27,7 +28,7 @@ def empty_strided(owner: Tensor, like: Tensor, size: Sequence[int], stride: Sequ
     if like.device.type != "cpu" or wanted < LARGE:
         return like.new_empty_strided(size, stride)
     with _taking:
-        blocks: list[Tensor] = _free.setdefault(owner, [])
+        blocks: list[Tensor] = _free.setdefault(owner.untyped_storage(), [])
         fitting = [i for i, block in enumerate(blocks) if block.numel() >= wanted]
         if fitting:
             block = blocks.pop(min(fitting, key=lambda i: blocks[i].numel()))
@@ -36,7 +37,8 @@ def empty_strided(owner: Tensor, like: Tensor, size: Sequence[int], stride: Sequ
             block = torch.empty(wanted, dtype=torch.uint8)
     lease = block.numpy()  # dies with the last tensor over it
     weakref.finalize(lease, blocks.append, block).atexit = False
-    tensor = torch.from_numpy(lease)[:wanted].view(like.dtype).as_strided(size, stride)
+    # Not as a view, which autograd would not let a user change in place.
+    tensor = like.new_empty(0).set_(torch.from_numpy(lease).untyped_storage(), 0, size, stride)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(torch.nan)
     return tensor
@@ -44,5 +46,6 @@ def empty_strided(owner: Tensor, like: Tensor, size: Sequence[int], stride: Sequ
 
 def release(owner: Tensor | None = None) -> None:
     """Free the blocks that nobody uses: those of a weight, or all."""
-    for blocks in list(_free.values()) if owner is None else [_free.get(owner, [])]:
-        blocks.clear()
+    with _taking:
+        for blocks in list(_free.values()) if owner is None else [_free.get(owner.untyped_storage(), [])]:
+            blocks.clear()

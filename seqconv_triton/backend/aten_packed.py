@@ -1,7 +1,9 @@
 """Weights of fused stages as oneDNN lays them out, so that an evaluation does not reorder them again.
 
 Only what `fuse` has made is remembered: it is for deployment, where weights stay as they are. An entry lives as long as
-its 3×3 weight and counts only while no weight has changed since, by PyTorch's own count of in-place changes.
+the memory of its 3×3 weight, and counts only while every weight is the same tensor in the same memory and has not
+changed since, by PyTorch's own count of in-place changes. Fused optimizers do not count theirs, so a backward pass
+forgets.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 if TYPE_CHECKING:
     from seqconv_triton.backend import StageParameters
     from seqconv_triton.backend.aten_folding import Folding, GroupWeights
     from seqconv_triton.plan import Plan
 
-_remembered = WeakTensorKeyDictionary()
+_remembered = WeakIdKeyDictionary()  # storage of a 3×3 weight → by offset: what it counts for, and the packed groups
 
 
 def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
@@ -26,18 +28,28 @@ def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable
     weights = [weight for weight in parameters if weight is not None]
     if any(weight.is_inference() for weight in weights):  # nobody counts their changes
         return folding.group
-    key = (folding.plan, folding.place, [(id(weight), weight.data_ptr(), weight._version) for weight in weights])
-    found = _remembered.get(parameters.transform_weight)
+    key = folding.plan, folding.place, [identity(weight) for weight in weights]
+    transform = parameters.transform_weight
+    entries = _remembered.setdefault(transform.untyped_storage(), {})
+    found = entries.get(transform.storage_offset())
     if found is None or found[0] != key:
         found = key, [pack(folding.group(j), folding.plan, x) for j in range(len(folding.plan.groups))]
-        _remembered[parameters.transform_weight] = found
+        entries[transform.storage_offset()] = found
     groups: list[GroupWeights] = found[1]
     return groups.__getitem__
 
 
-def forget() -> None:
-    """Free all that is remembered; the next evaluation packs again."""
-    _remembered.clear()
+def identity(weight: Tensor) -> tuple[Any, ...]:
+    """The weak reference is there because ids and addresses come again when what had them is gone."""
+    return WeakIdRef(weight.untyped_storage()), id(weight), weight.data_ptr(), weight._version
+
+
+def forget(transform_weight: Tensor | None = None) -> None:
+    """Free what is remembered of a stage, or all of it; the next evaluation packs again."""
+    if transform_weight is None:
+        _remembered.clear()
+    else:
+        _remembered.pop(transform_weight.untyped_storage(), None)
 
 
 def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
@@ -54,10 +66,10 @@ def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
     return weights._replace(reduce=reduce, transform=transform, packed=True)
 
 
-def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int, then: str) -> Tensor:
-    """Conv with a packed weight; `then` is "none" or "relu"."""
+def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    """Conv with a packed weight. Without oneDNN's own ReLU, which turns NaN into 0."""
     one: Any = [1, 1]
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, [padding] * 2, one, one, groups, then, [], ""
+        x, weight, bias, [padding] * 2, one, one, groups, "none", [], ""
     )
     return out

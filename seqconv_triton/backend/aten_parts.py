@@ -115,7 +115,7 @@ def onednn_takes(x: Tensor) -> bool:
 
 
 def worth_onednn(grad: Tensor) -> bool:
-    """Whether its 1×1 gradients repay the reordering of their weights (bench/results: below, the BLAS is as fast)."""
+    """Whether its 1×1 gradients repay reordered weights (docs/performance.md: below, the BLAS is as fast)."""
     return onednn_takes(grad) and grad.is_contiguous() and grad.shape[0] >= 256 and grad.shape[1] >= 16
 
 

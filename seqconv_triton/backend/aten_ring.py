@@ -1,7 +1,8 @@
 """The ring of the aten backend: which column a buffer channel lies in, and weights placed to match.
 
 A window lies in the ring without gaps between its rows, as oneDNN wants it, but turned, and perhaps among columns that
-the group does not read. Weights over the window follow: turned the same way, with zeros for those columns.
+the group does not read. Weights over the window follow: turned the same way, with zeros for those columns (so that
+an infinite activation there makes the group's pixel NaN, where the reference may be finite; other images are safe).
 """
 
 from __future__ import annotations
