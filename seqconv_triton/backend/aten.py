@@ -23,10 +23,9 @@ from seqconv_triton.backend.aten_parts import (
     norms,
     pixels,
     pointwise,
-    product_over_pixels,
     window_rows,
 )
-from seqconv_triton.backend.aten_ring import placed_masks, placed_weights, store
+from seqconv_triton.backend.aten_ring import placed, placed_masks, store, store_product
 from seqconv_triton.backend.aten_windows import windows
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.plan import Plan
@@ -57,7 +56,8 @@ def stage_forward(
     images = Images(x)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
-    reduce, transform = placed_weights(parameters, plan)
+    reduce = window_rows(parameters.reduce_weight, plan)
+    transform = transform_weights(parameters.transform_weight, plan)
     masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
     subgroups = plan.subgroups if plan.bottleneck else 1
     rows = pixels(x)
@@ -81,11 +81,12 @@ def stage_forward(
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
         if reduce_norm is not None:
-            raw_z = pointwise(window, reduce[j], None, images)
+            raw_z = pointwise(window, placed(reduce[j], j, plan), None, images)
             if z is not None:
                 z[j].view(-1, k).copy_(raw_z)
             window = pixels(reduce_norm.normalize(images(raw_z), j * k).relu_())
-        y = convolution(images(window), transform[j], None, 1, subgroups)
+        weight = transform[j] if plan.bottleneck else placed(transform[j], j, plan)
+        y = convolution(images(window), weight, None, 1, subgroups)
         if shortcut is not None:
             y += shortcut[:, j * k : (j + 1) * k]
         elif group.residual_start is not None:
@@ -121,7 +122,8 @@ def stage_backward(
     images = Images(buffer)
     norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
     offset = plan.total_channels - plan.normalized_channels
-    reduce, transform = placed_weights(parameters, plan)
+    reduce = window_rows(parameters.reduce_weight, plan)
+    transform = transform_weights(parameters.transform_weight, plan)
     wanted = gradients.parameters
     if wanted.reduce_weight is not None or wanted.transform_weight is not None:
         forget(parameters.transform_weight)
@@ -156,18 +158,19 @@ def stage_backward(
         wanted.tail_weight.zero_()
     kept = gradient_windows(plan, activate, raw_rows, images)
 
-    def come_in(moment: int) -> None:
-        """The gradient of what leaves at that moment is added to the newest channels'."""
-        if d_out is not None and moment in end.parts:
-            rows = kept.newest(end.width(moment))
-            kept.add_newest(end.gradient(moment, rows, d_out, wanted.tail_weight))
+    def from_outside(moment: int) -> Tensor | None:
+        """The gradient of what leaves at that moment, the newest channels."""
+        if d_out is None or moment not in end.parts:
+            return None
+        return end.gradient(moment, kept.newest(end.width(moment)), d_out, wanted.tail_weight)
 
-    come_in(plan.total_channels)
+    kept.begin(from_outside(plan.total_channels))
     for j in reversed(range(len(groups))):
         group, c = groups[j], plan.slot(j)
         raw_y = contiguous.pop(c) if c in contiguous else raw(c, c + k)
         dy = norm.backward(images(kept.enter(j)), raw_y, c - offset, wanted.norm_weight, wanted.norm_bias)
-        come_in(c)
+        if (outside := from_outside(c)) is not None:
+            kept.add_newest(outside)
         if c in passed:
             dy += images(passed.pop(c))
         if d_raw_rows is not None:
@@ -184,10 +187,12 @@ def stage_backward(
         if reduce_norm is None:
             u = images(window)
         else:
-            raw_z = images(pointwise(window, reduce[j], None, images) if z is None else z[j].view(-1, k))
+            kept_z = pointwise(window, placed(reduce[j], j, plan), None, images) if z is None else z[j].view(-1, k)
+            raw_z = images(kept_z)
             u = reduce_norm.apply(raw_z, j * k).relu_()
+        weight = transform[j] if plan.bottleneck else placed(transform[j], j, plan)
         du, dw, _ = aten.convolution_backward(
-            dy, u, transform[j], None, [1, 1], [1, 1], [1, 1], False, [0, 0], subgroups,
+            dy, u, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], subgroups,
             [True, d_transform is not None, False],
         )  # fmt: skip
         if d_transform is not None:
@@ -196,14 +201,14 @@ def stage_backward(
             d_window = pixels(du)
         else:
             assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
-            grad = aten.threshold_backward(du, u, 0)
+            grad = aten.threshold_backward.grad_input(du, u, 0, grad_input=du)
             dz = pixels(reduce_norm.backward(grad, raw_z, j * k, wanted.reduce_norm_weight, wanted.reduce_norm_bias))
             if d_reduce:
-                store(product_over_pixels(dz, window, images), d_reduce[j], j, plan)
+                store_product(dz, window, d_reduce[j], j, plan, images)
             if pixel_mask is None:
                 kept.add_product(j, dz, reduce[j])
                 continue
-            d_window = dz @ reduce[j]
+            d_window = dz @ placed(reduce[j], j, plan)
         kept.add(j, d_window if pixel_mask is None else d_window * pixel_mask)
 
     dx = gradients.x

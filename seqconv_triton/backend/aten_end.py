@@ -70,10 +70,10 @@ class End:
         out[:, part.outputs] = tail_convolution(x, weight, tail, part.groups)
 
     def gradient(self, moment: int, rows: Tensor, d_out: Tensor, d_tail_weight: Tensor | None) -> Tensor:
-        """That of `rows`, [P, channels]; writes the part's share of the tail weight's."""
+        """That of `rows` [P, channels], no one else's; writes the share of the tail weight's."""
         part, tail = self.parts[moment], self.plan.tail
         if tail is None:
-            return pixels(d_out)[:, part.channels]
+            return pixels(d_out)[:, part.channels].clone(memory_format=torch.contiguous_format)
         assert self.tail_weight is not None
         x, padding = self._seen_by_tail(part, rows), tail.kernel_size // 2
         x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
@@ -87,4 +87,4 @@ class End:
             d_x = torch.stack(d_x.chunk(tail.repeats, 1)).sum(0)
         if self.mask is not None:
             d_x = d_x * self.mask[:, part.channels, None, None]
-        return pixels(d_x)
+        return pixels(d_x).contiguous()

@@ -2,8 +2,8 @@
 
 From the last group to the first, `enter(j)` steps back to group j and gives the gradient [P, k] of its own channels in
 front of their ReLU; after it `window(j)` is what the group read, and `add` and `add_product` add to the gradient of
-that. `newest(count)` are the last channels in front of the group, and `add_newest` adds to their gradient. Last
-`input_gradient` is that of the stage's input.
+that. `newest(count)` are the last channels in front of the group; `begin` brings their gradient behind the last group,
+and `add_newest` adds to it later. Last `input_gradient` is that of the stage's input.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten_parts import Images, add_product_
-from seqconv_triton.backend.aten_ring import column, pieces
+from seqconv_triton.backend.aten_parts import Images, add_product_, worth_onednn
+from seqconv_triton.backend.aten_ring import column, over_columns, pieces, placed
 from seqconv_triton.plan import Plan, Segment
 
 # Fills rows [P, …] with the activated buffer channels from the given one on.
@@ -28,7 +28,6 @@ class GradientRing:
     def __init__(self, plan: Plan, activate: Activate, like: Tensor, images: Images, ring: int) -> None:
         self.plan, self.activate, self.images, self.ring = plan, activate, images, ring
         self.rows = like.new_empty(like.shape[0], ring)
-        self.gradient = torch.zeros_like(self.rows)
         for start in range(plan.total_channels - ring, plan.total_channels, plan.group_width):
             activate(start, self.rows[:, self._columns(start)])
 
@@ -39,6 +38,13 @@ class GradientRing:
     def newest(self, count: int) -> Tensor:
         """Where as many channels as fill the ring once, twice, … came behind them."""
         return self.rows[:, self.ring - count :]
+
+    def begin(self, gradient: Tensor | None) -> None:
+        """With the gradient of the newest channels, which it may keep."""
+        whole = gradient is not None and gradient.shape[1] == self.ring
+        self.gradient = gradient if whole and gradient is not None else torch.zeros_like(self.rows)
+        if gradient is not None and not whole:
+            self.gradient[:, self.ring - gradient.shape[1] :] = gradient
 
     def add_newest(self, gradient: Tensor) -> None:
         self.gradient[:, self.ring - gradient.shape[1] :] += gradient
@@ -61,7 +67,11 @@ class GradientRing:
 
     def add_product(self, j: int, dz: Tensor, weight: Tensor) -> None:
         """The gradient of the window grows by dz [P, k] times weight [k, window]."""
-        add_product_(self.gradient, dz, weight, self.images)
+        if worth_onednn(dz):
+            add_product_(self.gradient, dz, placed(weight, j, self.plan), self.images)
+            return
+        for own, columns in over_columns(j, self.plan):
+            self.gradient[:, columns].addmm_(dz, weight[:, own])
 
     def input_gradient(self, in_front_of_relu: bool) -> Tensor:
         parts = []
@@ -79,7 +89,6 @@ class GradientStrips:
         self.segments = iter(reversed(plan.segments))
         self.segment = next(self.segments)
         self.rows = self._activated(like, self.segment)
-        self.gradient = torch.zeros_like(self.rows)
 
     def _activated(self, like: Tensor, segment: Segment) -> Tensor:
         rows = like.new_empty(like.shape[0], segment.stop - segment.start)
@@ -89,6 +98,12 @@ class GradientStrips:
     def newest(self, count: int) -> Tensor:
         """In front of the last group has been entered."""
         return self.rows[:, self.rows.shape[1] - count :]
+
+    def begin(self, gradient: Tensor | None) -> None:
+        """With the gradient of the newest channels."""
+        self.gradient = torch.zeros_like(self.rows)
+        if gradient is not None:
+            self.add_newest(gradient)
 
     def add_newest(self, gradient: Tensor) -> None:
         self.gradient[:, self.rows.shape[1] - gradient.shape[1] :] += gradient

@@ -142,26 +142,21 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1,
 
 
 def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> None:
-    """into [P, C] += rows [P, k] @ weight [k, C]; oneDNN as in `pointwise`, which can add as it stores."""
-    if worth_onednn(rows) and into.is_contiguous():
-        add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
-        weight = weight.t()[:, :, None, None]
-        one = (1, 1)
-        add_in_place(images(into), images(rows), weight, None, (0, 0), one, one, 1, "add", None, None, [], None)
-    else:
-        into.addmm_(rows, weight)
+    """into [P, C] += rows [P, k] @ weight [k, C], all without gaps, through oneDNN, which can add as it stores."""
+    add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
+    one = (1, 1)
+    weight = weight.t()[:, :, None, None]
+    add_in_place(images(into), images(rows), weight, None, (0, 0), one, one, 1, "add", None, None, [], None)
 
 
 def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
-    """Weight gradient of `pointwise`: grad [P, k] transposed times rows [P, C]."""
-    if worth_onednn(grad) and rows.is_contiguous():
-        like = rows.new_empty(grad.shape[1], rows.shape[1], 1, 1)
-        one, none = [1, 1], [0, 0]
-        dw: Tensor = aten.convolution_backward(
-            images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
-        )[1]
-        return dw.flatten(1)
-    return grad.t() @ rows
+    """grad [P, k] transposed times rows [P, C], through oneDNN: the weight gradient of `pointwise`."""
+    like = rows.new_empty(grad.shape[1], rows.shape[1], 1, 1)
+    one, none = [1, 1], [0, 0]
+    dw: Tensor = aten.convolution_backward(
+        images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
+    )[1]
+    return dw.flatten(1)
 
 
 def tail_convolution(x: Tensor, weight: Tensor, tail: Tail, groups: int) -> Tensor:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend import StageParameters
-from seqconv_triton.backend.aten_parts import window_rows
-from seqconv_triton.backend.packing import group_masks, transform_weights
+from seqconv_triton.backend.aten_parts import Images, product_over_pixels, worth_onednn
+from seqconv_triton.backend.packing import group_masks
 from seqconv_triton.plan import Plan
 
 # Where a part lies among some channels, and in which columns of the ring.
@@ -51,26 +50,29 @@ def placed(weight: Tensor, j: int, plan: Plan, scale: Tensor | None = None) -> T
     return out
 
 
-def placed_weights(parameters: StageParameters, plan: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The 1×1 convs [k, columns] and the 3×3 convs of all groups, those over windows as `placed`."""
-    reduce = tuple(placed(w, j, plan) for j, w in enumerate(window_rows(parameters.reduce_weight, plan)))
-    transform = transform_weights(parameters.transform_weight, plan)
-    if not plan.bottleneck:
-        transform = tuple(placed(w, j, plan) for j, w in enumerate(transform))
-    return reduce, transform
-
-
 def placed_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """`group_masks`, in the order of the columns read; the tail's as it is."""
     masks, count = group_masks(mask, plan), len(plan.groups)
     return tuple(placed(m, j, plan) for j, m in enumerate(masks[:count])) + masks[count:]
 
 
+def over_columns(j: int, plan: Plan) -> list[Piece]:
+    """Parts of group j's window, and where they lie among the columns that `windows` give it."""
+    group = plan.groups[j]
+    whole = slice(0, group.window_width)
+    return [(whole, whole)] if plan.ring_channels is None else pieces(group.window_start, group.window_width, plan)
+
+
 def store(gradient: Tensor, into: Tensor, j: int, plan: Plan) -> None:
     """The gradient of what `placed` gave, in the order of the weight."""
-    if plan.ring_channels is None:
-        into.copy_(gradient)
-        return
-    group = plan.groups[j]
-    for own, columns in pieces(group.window_start, group.window_width, plan):
+    for own, columns in over_columns(j, plan):
         into[:, own] = gradient[:, columns]
+
+
+def store_product(grad: Tensor, window: Tensor, into: Tensor, j: int, plan: Plan, images: Images) -> None:
+    """The 1×1 weight gradient [k, window] of group j: grad [P, k] transposed times window [P, columns]."""
+    if worth_onednn(grad) and window.is_contiguous():
+        store(product_over_pixels(grad, window, images), into, j, plan)
+        return
+    for own, columns in over_columns(j, plan):
+        torch.mm(grad.t(), window[:, columns], out=into[:, own])
