@@ -219,7 +219,7 @@ def test_tables_name_what_exists(table: str) -> None:
         for label in case.contenders:
             who, how = label.split()
             assert who in ("ours", "reference", "torch", *peers.PEERS)
-            assert how in ("eager", "compiled", "max-autotune", "graph", "plain")
+            assert how in ("eager", "compiled", "max-autotune", "fused", "graph", "plain")
             assert case.dtype == "float32" or table == "gpu"
 
 

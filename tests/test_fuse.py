@@ -147,6 +147,7 @@ def test_packed_weights_can_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packed_weights_die_with_the_model() -> None:
+    gc.collect()
     before = len(aten_packed._remembered)
     fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1))))
     with torch.no_grad():
