@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+SETTLE = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
     _meet("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
-        # gloo's threads outlive the group where DDP used it, and one that drops the last collective's tensors only when
-        # Python ends aborts the process: give them time.
+        # Where DDP used it, the group's threads outlive it. One that gets to drop the last collectives' tensors only while
+        # Python ends aborts the process (it waits for an interpreter that is gone), so let them come to rest.
         dist.barrier()
+        time.sleep(SETTLE)
     finally:
         dist.destroy_process_group()
 
