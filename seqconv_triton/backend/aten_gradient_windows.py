@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend.aten_parts import Images, add_product_, worth_onednn
-from seqconv_triton.backend.aten_ring import column, over_columns, pieces, placed
+from seqconv_triton.backend.aten_ring import column, over_columns, pieces, placed, reads_all
 from seqconv_triton.plan import Plan, Segment
 
 # Fills rows [P, …] with the activated buffer channels from the given one on.
@@ -67,7 +67,7 @@ class GradientRing:
 
     def add_product(self, j: int, dz: Tensor, weight: Tensor) -> None:
         """The gradient of the window grows by dz [P, k] times weight [k, window]."""
-        if worth_onednn(dz):
+        if reads_all(j, self.plan) and worth_onednn(dz):
             add_product_(self.gradient, dz, placed(weight, j, self.plan), self.images)
             return
         for own, columns in over_columns(j, self.plan):

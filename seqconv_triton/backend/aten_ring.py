@@ -63,6 +63,15 @@ def over_columns(j: int, plan: Plan) -> list[Piece]:
     return [(whole, whole)] if plan.ring_channels is None else pieces(group.window_start, group.window_width, plan)
 
 
+def reads_all(j: int, plan: Plan) -> bool:
+    """Whether group j reads every column of the rows that `windows` give it.
+
+    The first groups of a dense entry stage do not. Their gradients are cheaper as products over the columns read, gaps
+    between the rows and all, than through oneDNN over the whole ring.
+    """
+    return plan.ring_channels in (None, plan.groups[j].window_width)
+
+
 def store(gradient: Tensor, into: Tensor, j: int, plan: Plan) -> None:
     """The gradient of what `placed` gave, in the order of the weight."""
     for own, columns in over_columns(j, plan):
@@ -71,7 +80,7 @@ def store(gradient: Tensor, into: Tensor, j: int, plan: Plan) -> None:
 
 def store_product(grad: Tensor, window: Tensor, into: Tensor, j: int, plan: Plan, images: Images) -> None:
     """The 1×1 weight gradient [k, window] of group j: grad [P, k] transposed times window [P, columns]."""
-    if worth_onednn(grad) and window.is_contiguous():
+    if reads_all(j, plan) and worth_onednn(grad) and window.is_contiguous():
         store(product_over_pixels(grad, window, images), into, j, plan)
         return
     for own, columns in over_columns(j, plan):

@@ -101,7 +101,7 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
     _meet("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
-        # Where DDP used it, the group's threads outlive it. One that gets to drop the last collectives' tensors only while
+        # Where DDP used it, the group's threads outlive it. One that drops the last collectives' tensors only while
         # Python ends aborts the process (it waits for an interpreter that is gone), so let them come to rest.
         dist.barrier()
         time.sleep(SETTLE)
