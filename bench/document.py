@@ -11,11 +11,12 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.results import FOLDER, Row, load, timed
-from bench.tables import goals_table, losses, ratio_table, times
+from bench.tables import goals_table, losses, peers_table, ratio_table, times
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "bench/results/README.md")
@@ -80,21 +81,20 @@ def caption(contents: Contents) -> str:
     )
 
 
-def cpu() -> str:
-    """All cases of the CPU run, then where ours loses, then what was not measured."""
-    contents = results("cpu")
+def cpu(name: str = "cpu") -> str:
+    """All cases of a CPU run, then the peers, where ours loses, and what was not measured."""
+    contents = results(name)
     if contents is None:
         return "Not measured yet: `make bench` writes this part.\n"
-    ceilings = contents.get("ceilings")
-    text = f"{caption(contents)}"
-    if ceilings:
+    text = caption(contents)
+    if ceilings := contents.get("ceilings"):
         text += (
             f" Measured ceilings: copy {ceilings['bytes_per_second'] / 1e9:.1f} GB/s, "
             f"matrix product {ceilings['operations_per_second'] / 1e9:.0f} GFLOP/s."
         )
     if "seconds" in contents:
         text += f" The whole run took {contents['seconds'] / 60:.1f} minutes."
-    return f"{text}\n\n{goals_table(contents)}\n{ratio_table(contents)}\n{losses(contents)}\n{missing(contents)}"
+    return f"{text}\n\n{whole(contents)}"
 
 
 def gpu() -> str:
@@ -104,7 +104,13 @@ def gpu() -> str:
         return "Not measured: no run on a GPU has been committed. `make gpu` writes bench/results/gpu.json.\n"
     source = contents["provenance"]
     text = f"{source.get('gpu')}, torch {source['torch']}, triton {source['triton']}, {source['date']}."
-    return f"{text}\n\n{goals_table(contents)}\n{ratio_table(contents)}\n{losses(contents)}\n{missing(contents)}"
+    return f"{text}\n\n{whole(contents)}"
+
+
+def whole(contents: Contents) -> str:
+    """Every table of a results file."""
+    tables = (goals_table, ratio_table, peers_table, losses, missing)
+    return "\n".join(text for table in tables if (text := table(contents)))
 
 
 def missing(contents: Contents) -> str:
@@ -121,7 +127,12 @@ def missing(contents: Contents) -> str:
     return "Without a time:\n\n" + "\n".join(lines) + "\n" if lines else "Every contender has a time.\n"
 
 
-PARTS: dict[str, Callable[[], str]] = {"measured": measured, "cpu": cpu, "gpu": gpu}
+PARTS: dict[str, Callable[[], str]] = {
+    "measured": measured,
+    "cpu": cpu,
+    "cpu_full": partial(cpu, "cpu-full"),
+    "gpu": gpu,
+}
 
 
 def rewritten(text: str) -> str:

@@ -12,14 +12,16 @@ import torch
 
 from bench import ceilings, report
 from bench.cases import TABLES, Case
-from bench.results import FOLDER, Results, provenance
+from bench.results import FOLDER, BadResults, Results, provenance
 from bench.runner import POISONED, Poisoned, run_cases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", choices=TABLES, default="cpu", help="which table of cases.py (default: cpu)")
     parser.add_argument("--full", action="store_true", help="the long CPU table: B42's compiled reference, an hour")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument(
+        "--only", default=[""], nargs="+", metavar="TEXT", help="only cases with one TEXT in their names"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--minutes", type=float, help="begin no case after so many minutes")
     parser.add_argument("--output", type=Path, help="results file (default: bench/results/TABLE.json)")
@@ -33,13 +35,15 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if table == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("the gpu table needs a GPU, and torch sees none (python -m bench gpu --dry-run needs none)")
-    cases = [case for case in TABLES[table]() if arguments.only in case.name]
+    only = list(arguments.only)
+    cases = [case for case in TABLES[table]() if any(text in case.name for text in only)]
     if not cases:
-        raise SystemExit(f"no case of the table {table} has {arguments.only!r} in its name")
+        raise SystemExit(f"no case of the table {table} has {' or '.join(map(repr, only))} in its name")
     torch.set_num_threads(arguments.threads)
     output = arguments.output or default_output(table)
     try:
-        results = measure(cases, device, output, arguments.minutes, not arguments.warm, arguments.append)
+        chosen = {"table": table, "only": only}
+        results = measure(cases, device, output, chosen, arguments.minutes, not arguments.warm, arguments.append)
     except Poisoned as error:
         report.say(f"the GPU is lost to this process since {error}")
         os._exit(POISONED)  # an orderly exit would touch the GPU
@@ -64,16 +68,24 @@ def measure(
     cases: Sequence[Case],
     device: torch.device,
     output: Path,
+    chosen: dict[str, object],
     minutes: float | None = None,
     cold: bool = True,
     append: bool = False,
 ) -> Results:
-    """Run cases into a results file that is whole after every case. Raises Poisoned."""
+    """Run cases into a results file that is whole after every case; `chosen` says there how they were chosen.
+
+    Raises Poisoned, and BadResults where it should go on with a file of other cases.
+    """
     start = time.monotonic()
     source = provenance(device)
     if device.type == "cpu":
         source["processes"] = "own"
-    results = Results.reopen(output) if append else Results(output, {"provenance": source})
+    results = Results.reopen(output) if append else Results(output, {"provenance": source, "chosen": chosen})
+    earlier = results.contents.setdefault("chosen", chosen)
+    if earlier != chosen:  # cases are known by their number
+        raise BadResults(f"{output} was begun with other cases, {earlier} instead of {chosen}: append needs the same")
+    before = results.contents.get("seconds", 0)
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -82,7 +94,7 @@ def measure(
     deadline = None if minutes is None else start + 60 * minutes
     with report.progress(list(cases)) as shown:
         run_cases(shown, device, results, report.show, deadline, cold)
-    results.set(counts=counts({case.subject for case in cases}), seconds=round(time.monotonic() - start, 1))
+    results.set(counts=counts({case.subject for case in cases}), seconds=round(before + time.monotonic() - start, 1))
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.goals import evaluated
+from bench.peers import PUBLISHED
 from bench.report import mebibytes, milliseconds, speed
 from bench.results import Row, timed
 
@@ -67,6 +68,26 @@ def ratio_table(contents: Contents) -> str:
             f"{'' if ratio is None else f'{ratio:.2f} ×'} | {pairs[0]} | {pairs[1]} | {share} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def peers_table(contents: Contents) -> str:
+    """The cases in which peers took part, the fastest first; nothing where none did."""
+    lines = [
+        "| against other networks | | batch | time | images/s | peak memory | published top-1 error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (subject, part, batch, _), rows in cases_of(contents).items():
+        if not any("version" in row for row in rows.values()):
+            continue
+        for row in sorted(rows.values(), key=lambda row: float(row["median"])):
+            who, how = row["contender"].split()
+            network, own = (who, row["version"]) if "version" in row else (subject, who)
+            published = f"{PUBLISHED[network].error} %" if network in PUBLISHED else ""
+            lines.append(
+                f"| {network}, {own}, {how} | {part} | {batch} | {milliseconds(row['median'])} ms | "
+                f"{batch / row['median']:.3g} | {mebibytes(row.get('peak_bytes'))} | {published} |"
+            )
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def losses(contents: Contents) -> str:

@@ -31,8 +31,12 @@ def read(source: Source) -> object:
     except Exception as error:  # the unpickler stumbles over foreign bytes in any way it likes
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut-off file
             raise
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
-        raise ValueError(f"{where} is damaged or was only half written, or is no PyTorch file: {reason}") from error
+        # What torch says of a file helps; what the unpickler looked for (a KeyError's 101) does not.
+        said = str(error) if isinstance(error, RuntimeError | EOFError | OSError) else ""
+        reason = said.split("\n")[0].split(". ")[0]
+        raise ValueError(
+            f"{where} is damaged or was only half written, or is no PyTorch file{': ' if reason else ''}{reason}"
+        ) from error
 
 
 def name_of(source: Source) -> str:

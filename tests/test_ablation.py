@@ -204,6 +204,7 @@ def test_errors_are_one_line(
     assert main(["ablation", *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message.format(tmp=tmp_path) in error[-1] and not any("Traceback" in line for line in error)
+    assert len(error) == 1 or "reads" in message, "a progress bar for what cannot run"
     assert not (tmp_path / "out").exists()
 
 

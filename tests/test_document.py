@@ -108,6 +108,24 @@ def test_losses_are_listed() -> None:
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == 2
 
 
+def test_peers_stand_beside_us_with_their_versions() -> None:
+    b42 = "seqresnet_b42"
+    found = contents(
+        row(b42, "eval", 8, "ours eager", 0.2, peak_bytes=2**24),
+        row(b42, "eval", 8, "resnet50 compiled", 0.1, version="timm 1"),
+        row(b42, "eval", 1, "ours eager", 0.1),
+        row("small", "step", 8, "ours eager", 0.4),
+        row("small", "step", 8, "resnet50 compiled", 0.8, version="timm 1"),
+    )
+    assert tables.peers_table(found).splitlines()[2:] == [
+        "| resnet50, timm 1, compiled | eval | 8 | 100 ms | 80 |  | 24.01 % |",
+        "| seqresnet_b42, ours, eager | eval | 8 | 200 ms | 40 | 16 MiB | 22.06 % |",
+        "| small, ours, eager | step | 8 | 400 ms | 20 |  |  |",
+        "| resnet50, timm 1, compiled | step | 8 | 800 ms | 10 |  | 24.01 % |",
+    ]
+    assert tables.peers_table(contents(row(b42, "eval", 1, "ours eager", 0.1))) == ""
+
+
 def test_bold_is_who_wins() -> None:
     rows = {
         "ours eager": row("m", "eval", 8, "ours eager", 0.2),

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import seqconv_triton
+from seqconv_triton.ablation.data import check_root
 from seqconv_triton.ablation.report import as_json, markdown
 from seqconv_triton.ablation.runs import Result, finished, run
 from seqconv_triton.ablation.settings import CONTESTANTS, SETTINGS, Setting
@@ -56,7 +57,8 @@ def compare(
 ) -> str:
     """Train what is not finished yet, write table.md and results.json into `output`, and return the table.
 
-    Raises ValueError for unknown networks, no seeds, or results of another setting in `output`.
+    Raises ValueError for unknown networks, no seeds, a missing or superfluous root, or results of another setting in
+    `output`.
     """
     require("the ablation", "demo", "scipy", "sklearn", "tqdm")
     from tqdm import tqdm
@@ -66,6 +68,7 @@ def compare(
         raise ValueError(f"unknown network {unknown[0]!r}; allowed are {', '.join(CONTESTANTS)}")
     if seeds < 1:
         raise ValueError(f"seeds ({seeds}) must be at least 1")
+    check_root(setting, root)
     epochs = setting.recipe.epochs
     place = usable_device(device)
     chosen = [one for one in CONTESTANTS.values() if networks is None or one.key in networks]

@@ -28,15 +28,20 @@ class Problem:
     train_images: int
 
 
-def load(setting: Setting, root: Path | None, seed: int) -> Problem:
-    """The data of a setting; `root` is the folder of those that do not come with a package. Nothing is downloaded.
-
-    Raises ValueError where root is missing or superfluous, otherwise what cifar.load raises.
-    """
+def check_root(setting: Setting, root: Path | None) -> None:
+    """Raises ValueError where the folder of a setting's data is missing or superfluous."""
     if (root is None) != (setting.data == "digits"):
         archive = cifar.FILES["cifar10"][1]
         need = "come with scikit-learn: leave root out" if root else f"must be named: --root DIR with {archive}"
         raise ValueError(f"root ({root}): the {setting.data} data {need}")
+
+
+def load(setting: Setting, root: Path | None, seed: int) -> Problem:
+    """The data of a setting; `root` is the folder of those that do not come with a package. Nothing is downloaded.
+
+    Raises what check_root and cifar.load raise.
+    """
+    check_root(setting, root)
     generator = torch.Generator().manual_seed(seed)
     return digits(setting, seed, generator) if root is None else cifar10(setting, root, generator)
 
