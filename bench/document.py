@@ -70,6 +70,15 @@ def measured() -> str:
     return "\n".join(lines) + f"\n\n{caption(contents)}\n"
 
 
+def peers() -> str:
+    """The README's table of other networks, from the CPU run that had them."""
+    contents = results("cpu-full")
+    if contents is None:
+        return "Not measured yet: `python -m bench run --full` with timm or torchvision.\n"
+    table = peers_table(contents, best_only=True)
+    return f"{table}\n{caption(contents)} Rows of bench/results/cpu-full.json.\n"
+
+
 def caption(contents: Contents) -> str:
     source = contents["provenance"]
     own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
@@ -129,6 +138,7 @@ def missing(contents: Contents) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "peers": peers,
     "cpu": cpu,
     "cpu_full": partial(cpu, "cpu-full"),
     "gpu": gpu,

@@ -56,7 +56,7 @@ def throughput(rows: Rows, figure: Any) -> bool:
         return False
     subjects = sorted({subject for _, subject in groups})
     parts = [part for part in ("eval", "step") if any(part == p for p, _ in groups)]
-    figure.set_size_inches(5.4 * len(subjects), 3.2 * len(parts))
+    figure.set_size_inches(max(7.0, 5.4 * len(subjects)), 3.2 * len(parts))
     grid = figure.subplots(len(parts), len(subjects), squeeze=False)
     for i, part in enumerate(parts):
         for j, subject in enumerate(subjects):

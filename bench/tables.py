@@ -70,21 +70,29 @@ def ratio_table(contents: Contents) -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers_table(contents: Contents) -> str:
-    """The cases in which peers took part, the fastest first; nothing where none did."""
+def peers_table(contents: Contents, best_only: bool = False) -> str:
+    """Evaluations and training steps in which peers took part, the fastest first; nothing where none did.
+
+    `best_only`: of ours and of the reference only the fastest form.
+    """
     lines = [
         "| against other networks | | batch | time | images/s | peak memory | published top-1 error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (subject, part, batch, _), rows in cases_of(contents).items():
-        if not any("version" in row for row in rows.values()):
+        if part not in ("eval", "step") or not any("version" in row for row in rows.values()):
             continue
+        seen: set[str] = set()
         for row in sorted(rows.values(), key=lambda row: float(row["median"])):
             who, how = row["contender"].split()
+            if best_only and who in seen:
+                continue
+            seen.add(who)
             network, own = (who, row["version"]) if "version" in row else (subject, who)
-            published = f"{PUBLISHED[network].error} %" if network in PUBLISHED else ""
+            published = f"{PUBLISHED[network].error:.2f} %" if network in PUBLISHED else ""
+            name = f"{network}, {own}, {how}"
             lines.append(
-                f"| {network}, {own}, {how} | {part} | {batch} | {milliseconds(row['median'])} ms | "
+                f"| {f'**{name}**' if is_ours(row) else name} | {part} | {batch} | {milliseconds(row['median'])} ms | "
                 f"{batch / row['median']:.3g} | {mebibytes(row.get('peak_bytes'))} | {published} |"
             )
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""

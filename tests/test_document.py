@@ -113,15 +113,25 @@ def test_peers_stand_beside_us_with_their_versions() -> None:
     found = contents(
         row(b42, "eval", 8, "ours eager", 0.2, peak_bytes=2**24),
         row(b42, "eval", 8, "resnet50 compiled", 0.1, version="timm 1"),
+        row(b42, "eval", 8, "reference eager", 0.3),
         row(b42, "eval", 1, "ours eager", 0.1),
+        row(b42, "forward", 8, "ours eager", 0.1),
+        row(b42, "forward", 8, "resnet50 compiled", 0.1, version="timm 1"),
         row("small", "step", 8, "ours eager", 0.4),
         row("small", "step", 8, "resnet50 compiled", 0.8, version="timm 1"),
     )
     assert tables.peers_table(found).splitlines()[2:] == [
         "| resnet50, timm 1, compiled | eval | 8 | 100 ms | 80 |  | 24.01 % |",
-        "| seqresnet_b42, ours, eager | eval | 8 | 200 ms | 40 | 16 MiB | 22.06 % |",
-        "| small, ours, eager | step | 8 | 400 ms | 20 |  |  |",
+        "| **seqresnet_b42, ours, eager** | eval | 8 | 200 ms | 40 | 16 MiB | 22.06 % |",
+        "| seqresnet_b42, reference, eager | eval | 8 | 300 ms | 26.7 |  | 22.06 % |",
+        "| **small, ours, eager** | step | 8 | 400 ms | 20 |  |  |",
         "| resnet50, timm 1, compiled | step | 8 | 800 ms | 10 |  | 24.01 % |",
+    ]
+    forms = [row(b42, "eval", 8, f"ours {how}", 0.1 * i) for i, how in ((2, "fused"), (1, "eager"))]
+    short = tables.peers_table(contents(*forms, *found["rows"][1:2]), best_only=True).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in short] == [
+        "| **seqresnet_b42, ours, eager**",
+        "| resnet50, timm 1, compiled",
     ]
     assert tables.peers_table(contents(row(b42, "eval", 1, "ours eager", 0.1))) == ""
 
