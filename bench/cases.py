@@ -59,6 +59,11 @@ class Case:
     def name(self) -> str:
         return f"{self.subject}, {'training' if self.training else 'eval'}, batch {self.batch}, {self.dtype}"
 
+    @property
+    def identity(self) -> str:
+        """Its name, and who takes part."""
+        return f"{self.name}: {', '.join(self.contenders)}"
+
 
 def stages(model: str, batch: int, training: bool, **options: object) -> list[Case]:
     return [Case(f"{model} stage {i}", training, batch, PLAIN, **options) for i in (1, 2, 3, 4)]  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from bench.peers import PEERS
 from bench.processes import Background, python, spawn
 from bench.report import line
 from bench.results import FOLDER, Results, Row, provenance
-from bench.runner import POISONED, identity
+from bench.runner import NO_TIME, POISONED, identity
 
 PREPARATION = 0.4  # of the time: tests, and compilation beside them
 # Tuning, and what is skipped beside a CPU's torch, where timm and torchvision cannot be imported.
@@ -129,7 +129,7 @@ def table(output: Path, cases: Sequence[Case], deadline: float, command: Sequenc
         if code != POISONED:  # it died in the case that it was at
             fill(output, cases, left[:1], {"failed": f"the process ended with {code}"})
     left = [i for i in range(len(cases)) if i not in done(output)]
-    fill(output, cases, left, {"not_measured": "no time left"})
+    fill(output, cases, left, {"not_measured": NO_TIME})
 
 
 def done(output: Path) -> set[int]:
@@ -165,7 +165,8 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         warm(arguments.warm)
         return 0
     begin, total = time.monotonic(), 60 * arguments.minutes
-    results = Results(arguments.output, {"provenance": provenance(torch.device("cuda"))})
+    identities = [case.identity for case in cases]  # by which its runs know the file again
+    results = Results(arguments.output, {"provenance": provenance(torch.device("cuda")), "cases": identities})
     try:
         prepare(results, begin + PREPARATION * total)
     except Exception as error:

@@ -12,8 +12,8 @@ import torch
 
 from bench import ceilings, report
 from bench.cases import TABLES, Case
-from bench.results import FOLDER, BadResults, Results, provenance
-from bench.runner import POISONED, Poisoned, run_cases
+from bench.results import FOLDER, BadResults, Results, Row, provenance
+from bench.runner import NO_TIME, POISONED, Poisoned, run_cases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     output = arguments.output or default_output(table)
     try:
-        chosen = {"table": table, "only": only}
-        results = measure(cases, device, output, chosen, arguments.minutes, not arguments.warm, arguments.append)
+        results = measure(cases, device, output, arguments.minutes, not arguments.warm, arguments.append)
     except Poisoned as error:
         report.say(f"the GPU is lost to this process since {error}")
         os._exit(POISONED)  # an orderly exit would touch the GPU
@@ -68,12 +67,11 @@ def measure(
     cases: Sequence[Case],
     device: torch.device,
     output: Path,
-    chosen: dict[str, object],
     minutes: float | None = None,
     cold: bool = True,
     append: bool = False,
 ) -> Results:
-    """Run cases into a results file that is whole after every case; `chosen` says there how they were chosen.
+    """Run cases into a results file that is whole after every case; `append` goes on where one ends.
 
     Raises Poisoned, and BadResults where it should go on with a file of other cases.
     """
@@ -81,10 +79,8 @@ def measure(
     source = provenance(device)
     if device.type == "cpu":
         source["processes"] = "own"
-    results = Results.reopen(output) if append else Results(output, {"provenance": source, "chosen": chosen})
-    earlier = results.contents.setdefault("chosen", chosen)
-    if earlier != chosen:  # cases are known by their number
-        raise BadResults(f"{output} was begun with other cases, {earlier} instead of {chosen}: append needs the same")
+    results = Results(output, {"provenance": source}) if not append else reopened(output, cases)
+    results.set(cases=[case.identity for case in cases])
     before = results.contents.get("seconds", 0)
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -92,9 +88,24 @@ def measure(
     results.set(ceilings=ceilings.measure(device, dtype)._asdict() | {"dtype": str(dtype).removeprefix("torch.")})
     report.say(report.heading(results.contents))
     deadline = None if minutes is None else start + 60 * minutes
+
+    def show(case: Case, rows: list[Row]) -> None:
+        results.set(seconds=round(before + time.monotonic() - start, 1))
+        report.show(case, rows)
+
     with report.progress(list(cases)) as shown:
-        run_cases(shown, device, results, report.show, deadline, cold)
+        run_cases(shown, device, results, show, deadline, cold)
     results.set(counts=counts({case.subject for case in cases}), seconds=round(before + time.monotonic() - start, 1))
+    return results
+
+
+def reopened(path: Path, cases: Sequence[Case]) -> Results:
+    """A results file to go on with, without the rows that only say that no time was left. Raises BadResults."""
+    results = Results.reopen(path)
+    begun = any("case" in row for row in results.contents["rows"])  # rows know their case by its number
+    if begun and results.contents.get("cases") != [case.identity for case in cases]:
+        raise BadResults(f"{path} was begun with other cases: --append needs the same ones")
+    results.set(rows=[row for row in results.contents["rows"] if row.get("not_measured") != NO_TIME])
     return results
 
 

@@ -20,6 +20,7 @@ from bench.timing import Timing, interleave
 from bench.workers import Task, Worker
 
 POISONED = 3  # exit status after an error that no later launch of this process can survive
+NO_TIME = "no time left"
 FATAL = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
 # Uncounted rounds: a young process's first runs meet memory that the system has yet to hand out.
 WARM_UP = {"cuda": 1, "cpu": 2}
@@ -228,7 +229,7 @@ def run_cases(
         if number in through:
             continue
         if deadline is not None and time.monotonic() + 60 * case.minutes > deadline:
-            rows = [identity(case, label) | {"not_measured": "no time left"} for label in case.contenders]
+            rows = [identity(case, label) | {"not_measured": NO_TIME} for label in case.contenders]
         else:
             try:
                 rows = run_case(case, device, ceilings, cold=cold, isolated=device.type == "cpu")

@@ -70,6 +70,28 @@ def ratio_table(contents: Contents) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_peers(contents: Contents) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Of the cases in which peers took part, by (subject, part, batch), the one with most of them.
+
+    Only what ran in turns may be compared: all rows of one are from the same rounds.
+    """
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in contents["rows"]:
+        if row.get("seconds"):
+            key = (row["subject"], row["part"], row["batch"], row["dtype"], row.get("case"))
+            found.setdefault(key, {})[row["contender"]] = row
+    best: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for (*case, _, _), rows in found.items():
+        count = peer_count(rows)
+        if count and count >= peer_count(best.get(tuple(case), {})):
+            best[tuple(case)] = rows
+    return best
+
+
+def peer_count(rows: dict[str, Row]) -> int:
+    return sum("version" in row for row in rows.values())
+
+
 def peers_table(contents: Contents, best_only: bool = False) -> str:
     """Evaluations and training steps in which peers took part, the fastest first; nothing where none did.
 
@@ -79,8 +101,8 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
         "| against other networks | | batch | time | images/s | peak memory | published top-1 error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (subject, part, batch, _), rows in cases_of(contents).items():
-        if part not in ("eval", "step") or not any("version" in row for row in rows.values()):
+    for (subject, part, batch), rows in with_peers(contents).items():
+        if part not in ("eval", "step"):
             continue
         seen: set[str] = set()
         for row in sorted(rows.values(), key=lambda row: float(row["median"])):
@@ -100,21 +122,35 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
 
 def losses(contents: Contents) -> str:
     """Every case in which something else is faster than our fastest form, or needs less memory."""
-    lines = []
-    for (subject, part, batch, _), rows in cases_of(contents).items():
-        own = fastest(rows, "ours")
-        if own == float("inf"):
-            continue
-        memory = min((row["peak_bytes"] for row in rows.values() if "peak_bytes" in row and is_ours(row)), default=None)
-        for name, row in rows.items():
-            if is_ours(row):
-                continue
-            where = f"{subject}, {part}, batch {batch}"
-            if row["median"] < own:
-                lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
-            if memory and row.get("peak_bytes", memory) < memory:
-                lines.append(f"- {where}: {name} peaks at {row['peak_bytes'] / memory:.2f} of our memory")
+    cases = {key: without_peers(rows) for key, rows in cases_of(contents).items()}
+    lines = [line for (*case, _), rows in cases.items() for line in losses_of(tuple(case), rows)]
+    lines += [line for case, rows in with_peers(contents).items() for line in losses_of(case, without_reference(rows))]
     return "Where ours loses:\n\n" + "\n".join(lines or ["- nowhere in this run"]) + "\n"
+
+
+def without_peers(rows: dict[str, Row]) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if "version" not in row}
+
+
+def without_reference(rows: dict[str, Row]) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if "version" in row or is_ours(row)}
+
+
+def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
+    """Those among rows by contender, of one (subject, part, batch)."""
+    (subject, part, batch), own = case, fastest(rows, "ours")
+    if own == float("inf"):
+        return []
+    lines, where = [], f"{subject}, {part}, batch {batch}"
+    memory = min((row["peak_bytes"] for row in rows.values() if "peak_bytes" in row and is_ours(row)), default=None)
+    for name, row in rows.items():
+        if is_ours(row):
+            continue
+        if row["median"] < own:
+            lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
+        if memory and row.get("peak_bytes", memory) < memory:
+            lines.append(f"- {where}: {name} peaks at {row['peak_bytes'] / memory:.2f} of our memory")
+    return lines
 
 
 def is_ours(row: Row) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import ceilings, run
+from bench import ceilings, report, run, runner
 from bench.__main__ import main
 from bench.ceilings import Ceilings
 
@@ -47,19 +47,33 @@ def test_append_goes_on_with_the_same_cases_only(
 ) -> None:
     """Rows know their case by its number among the chosen ones."""
     output = tmp_path / "r.json"
-    assert start(output, "--only", "depth") == 0
-    output.write_text(json.dumps(contents(output) | {"seconds": 1000.0}))
-    assert start(output, "--only", "depth", "--append") == 0
+    assert start(output, "--only", "depth", "layer") == 0
+    row = {"case": 0, "median": 1.0}
+    output.write_text(json.dumps(contents(output) | {"rows": [row], "seconds": 1000.0}))
+    assert start(output, "--only", "layer", "depth", "--append") == 0
     assert 1000 <= contents(output)["seconds"] < 2000, "of both runs together"
     before, count = output.read_text(), len(ran)
     assert start(output, "--only", "width", "--append") == 2
     assert "was begun with other cases" in capsys.readouterr().err
     assert output.read_text() == before and len(ran) == count
+    output.write_text(json.dumps({name: value for name, value in contents(output).items() if name != "cases"}))
+    assert start(output, "--only", "layer", "depth", "--append") == 2, "of an older program: who knows its cases?"
 
 
 def test_append_takes_a_file_that_has_no_cases_yet(ran: list[str], tmp_path: Path) -> None:
-    """As `bench gpu` begins one, with the outcome of its tests."""
+    """With what else it holds, such as the outcome of `bench gpu`'s tests."""
     output = tmp_path / "r.json"
     output.write_text(json.dumps({"format": 2, "rows": [], "notes": [], "provenance": {}, "tests": {"passed": True}}))
     assert start(output, "--only", "depth", "--append") == 0
     assert ran and contents(output)["tests"] == {"passed": True}
+
+
+def test_what_had_no_time_left_is_run_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, rows = tmp_path / "r.json", list[str]()
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtype: Ceilings(1e9, 1e9))
+    assert start(output, "--only", "depth", "--minutes", "0.0001") == 0
+    assert all(row["not_measured"] == "no time left" for row in contents(output)["rows"])
+    monkeypatch.setattr(runner, "run_case", lambda case, *rest, **more: rows.append(case.name) or [{"median": 1.0}])
+    monkeypatch.setattr(report, "show", lambda case, rows: None)
+    assert start(output, "--only", "depth", "--append") == 0
+    assert len(rows) == len(contents(output)["rows"]) == 4

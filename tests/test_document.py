@@ -100,7 +100,7 @@ def test_losses_are_listed() -> None:
         contents(
             row("m", "eval", 8, "ours eager", 0.2, peak_bytes=100),
             row("m", "eval", 8, "reference eager", 0.3, peak_bytes=50),
-            row("m", "eval", 8, "resnet50 compiled", 0.1, peak_bytes=200),
+            row("m", "eval", 8, "resnet50 compiled", 0.1, peak_bytes=200, version="timm 1"),
         )
     )
     assert "m, eval, batch 8: resnet50 compiled is 2.00 times as fast as ours" in text
@@ -134,6 +134,20 @@ def test_peers_stand_beside_us_with_their_versions() -> None:
         "| resnet50, timm 1, compiled",
     ]
     assert tables.peers_table(contents(row(b42, "eval", 1, "ours eager", 0.1))) == ""
+
+
+def test_peers_are_compared_with_rows_of_their_own_case() -> None:
+    """Only what ran in turns: the machine's speed drifts between two cases."""
+    found = contents(
+        row("m", "step", 4, "ours compiled", 0.4, case=3),
+        row("m", "step", 4, "resnet50 compiled", 0.3, case=3, version="timm 1"),
+        row("m", "step", 4, "ours eager", 0.2, case=5),
+        row("m", "step", 4, "reference eager", 0.1, case=5),
+    )
+    names = [line.split(" | ")[0] for line in tables.peers_table(found).splitlines()[2:]]
+    assert names == ["| resnet50, timm 1, compiled", "| **m, ours, compiled**"]
+    lost = tables.losses(found)
+    assert "resnet50 compiled is 1.33 times as fast" in lost and "reference eager is 2.00 times as fast" in lost
 
 
 def test_bold_is_who_wins() -> None:

@@ -68,7 +68,6 @@ def compare(
         raise ValueError(f"unknown network {unknown[0]!r}; allowed are {', '.join(CONTESTANTS)}")
     if seeds < 1:
         raise ValueError(f"seeds ({seeds}) must be at least 1")
-    check_root(setting, root)
     epochs = setting.recipe.epochs
     place = usable_device(device)
     chosen = [one for one in CONTESTANTS.values() if networks is None or one.key in networks]
@@ -80,6 +79,8 @@ def compare(
     missing = [place for place, result in results.items() if result is None]
     if len(missing) < len(results):
         print(f"{len(results) - len(missing)} of {len(results)} runs are finished already: {folder}")
+    if missing:
+        check_root(setting, root)
     with tqdm(total=len(missing) * epochs, unit="epoch", disable=not missing) as bar:
         for key, seed in missing:
             bar.set_description(f"{key}, seed {seed}")

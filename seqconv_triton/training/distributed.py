@@ -101,11 +101,11 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
     _meet("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+    finally:
         # Where DDP used it, the group's threads outlive it. One that drops the last collectives' tensors only while
         # Python ends aborts the process (it waits for an interpreter that is gone), so let them come to rest.
-        dist.barrier()
         time.sleep(SETTLE)
-    finally:
         dist.destroy_process_group()
 
 
