@@ -7,6 +7,7 @@ subject is a model's name, a stage of it ("seqresnet_b42 stage 3"), a layer or a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 MODELS = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
@@ -164,6 +165,11 @@ def gpu() -> list[Case]:
         cases.append(Case(name, True, 64, PLAIN, 5))
     mixed = [replace(case, dtype="bfloat16") for case in cases]
     return mixed + [Case(b42, training, 64, PLAIN, 5) for training in (False, True)]
+
+
+def chosen(table: str, only: Sequence[str]) -> list[Case]:
+    """The cases of a table that have one of the texts in their names."""
+    return [case for case in TABLES[table]() if any(text in case.name for text in only)]
 
 
 TABLES = {"cpu": cpu, "cpu-full": lambda: cpu(full=True), "quick": quick, "gpu": gpu}

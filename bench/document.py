@@ -90,11 +90,11 @@ def caption(contents: Contents) -> str:
     )
 
 
-def cpu(name: str = "cpu") -> str:
+def cpu(name: str = "cpu", command: str = "make bench") -> str:
     """All cases of a CPU run, then the peers, where ours loses, and what was not measured."""
     contents = results(name)
     if contents is None:
-        return "Not measured yet: `make bench` writes this part.\n"
+        return f"Not measured yet: `{command}` writes this part.\n"
     text = caption(contents)
     if ceilings := contents.get("ceilings"):
         text += (
@@ -140,7 +140,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "peers": peers,
     "cpu": cpu,
-    "cpu_full": partial(cpu, "cpu-full"),
+    "cpu_full": partial(cpu, "cpu-full", "python -m bench run --full"),
     "gpu": gpu,
 }
 

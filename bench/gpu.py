@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import startup
-from bench.cases import MODELS, TABLES, Case
+from bench.cases import MODELS, TABLES, Case, chosen
 from bench.peers import PEERS
 from bench.processes import Background, python, spawn
 from bench.report import line
@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    cases = [case for case in TABLES["gpu"]() if arguments.only in case.name]
+    cases = chosen("gpu", [arguments.only])
     if arguments.dry_run or arguments.compile:
         from bench.dry import dry_run
 
@@ -169,7 +169,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     results = Results(arguments.output, {"provenance": provenance(torch.device("cuda")), "cases": identities})
     try:
         prepare(results, begin + PREPARATION * total)
-    except Exception as error:
+    except Exception as error:  # the measurements matter more
         results.note(f"preparation: {type(error).__name__}: {error}")
     command = [*python("bench", "run"), "--cases", "gpu", "--warm", "--only", arguments.only]
     table(arguments.output, cases, begin + total - 15, command)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import ceilings, report
-from bench.cases import TABLES, Case
+from bench.cases import TABLES, Case, chosen
 from bench.results import FOLDER, BadResults, Results, Row, provenance
 from bench.runner import NO_TIME, POISONED, Poisoned, run_cases
 
@@ -35,10 +35,9 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if table == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("the gpu table needs a GPU, and torch sees none (python -m bench gpu --dry-run needs none)")
-    only = list(arguments.only)
-    cases = [case for case in TABLES[table]() if any(text in case.name for text in only)]
+    cases = chosen(table, arguments.only)
     if not cases:
-        raise SystemExit(f"no case of the table {table} has {' or '.join(map(repr, only))} in its name")
+        raise SystemExit(f"no case of the table {table} has {' or '.join(map(repr, arguments.only))} in its name")
     torch.set_num_threads(arguments.threads)
     output = arguments.output or default_output(table)
     try:
@@ -79,8 +78,8 @@ def measure(
     source = provenance(device)
     if device.type == "cpu":
         source["processes"] = "own"
-    results = Results(output, {"provenance": source}) if not append else reopened(output, cases)
-    results.set(cases=[case.identity for case in cases])
+    identities = [case.identity for case in cases]
+    results = reopened(output, identities) if append else Results(output, {"provenance": source, "cases": identities})
     before = results.contents.get("seconds", 0)
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -89,23 +88,28 @@ def measure(
     report.say(report.heading(results.contents))
     deadline = None if minutes is None else start + 60 * minutes
 
-    def show(case: Case, rows: list[Row]) -> None:
+    def keep_time() -> None:
         results.set(seconds=round(before + time.monotonic() - start, 1))
+
+    def show(case: Case, rows: list[Row]) -> None:
+        keep_time()
         report.show(case, rows)
 
     with report.progress(list(cases)) as shown:
         run_cases(shown, device, results, show, deadline, cold)
-    results.set(counts=counts({case.subject for case in cases}), seconds=round(before + time.monotonic() - start, 1))
+    results.set(counts=counts({case.subject for case in cases}))
+    keep_time()
     return results
 
 
-def reopened(path: Path, cases: Sequence[Case]) -> Results:
+def reopened(path: Path, identities: list[str]) -> Results:
     """A results file to go on with, without the rows that only say that no time was left. Raises BadResults."""
     results = Results.reopen(path)
     begun = any("case" in row for row in results.contents["rows"])  # rows know their case by its number
-    if begun and results.contents.get("cases") != [case.identity for case in cases]:
+    if begun and results.contents.get("cases") != identities:
         raise BadResults(f"{path} was begun with other cases: --append needs the same ones")
-    results.set(rows=[row for row in results.contents["rows"] if row.get("not_measured") != NO_TIME])
+    rows = [row for row in results.contents["rows"] if row.get("not_measured") != NO_TIME]
+    results.set(rows=rows, cases=identities)
     return results
 
 

@@ -155,7 +155,7 @@ def run_case(
         for label in [name for name in case.contenders if name in field.right]:
             try:
                 facts = field.facts[label] | field.right[label].memory()
-            except Exception as error:
+            except Exception as error:  # the others' rows must not be lost
                 field.fail(label, error)
                 continue
             for part, timing in timings[label].items():
@@ -233,7 +233,7 @@ def run_cases(
         else:
             try:
                 rows = run_case(case, device, ceilings, cold=cold, isolated=device.type == "cpu")
-            except Exception as error:
+            except Exception as error:  # the other cases must not be lost
                 rows = [identity(case, label) | {"failed": reason(error)} for label in case.contenders]
         results.extend([row | {"case": number} for row in rows])
         show(case, rows)

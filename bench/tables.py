@@ -71,25 +71,21 @@ def ratio_table(contents: Contents) -> str:
 
 
 def with_peers(contents: Contents) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Of the cases in which peers took part, by (subject, part, batch), the one with most of them.
+    """As `cases_of`, but only where peers took part, and of a case's entries in the table the one with most of them.
 
     Only what ran in turns may be compared: all rows of one are from the same rounds.
     """
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in contents["rows"]:
-        if row.get("seconds"):
-            key = (row["subject"], row["part"], row["batch"], row["dtype"], row.get("case"))
-            found.setdefault(key, {})[row["contender"]] = row
     best: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for (*case, _, _), rows in found.items():
-        count = peer_count(rows)
-        if count and count >= peer_count(best.get(tuple(case), {})):
-            best[tuple(case)] = rows
+    for number in dict.fromkeys(row.get("case") for row in contents["rows"]):
+        own = {"rows": [row for row in contents["rows"] if row.get("case") == number]}
+        for case, rows in cases_of(own).items():
+            if (count := peer_count(rows)) and count >= peer_count(best.get(case, {})):
+                best[case] = rows
     return best
 
 
 def peer_count(rows: dict[str, Row]) -> int:
-    return sum("version" in row for row in rows.values())
+    return sum(map(is_peer, rows.values()))
 
 
 def peers_table(contents: Contents, best_only: bool = False) -> str:
@@ -101,7 +97,7 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
         "| against other networks | | batch | time | images/s | peak memory | published top-1 error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (subject, part, batch), rows in with_peers(contents).items():
+    for (subject, part, batch, _), rows in with_peers(contents).items():
         if part not in ("eval", "step"):
             continue
         seen: set[str] = set()
@@ -110,7 +106,7 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
             if best_only and who in seen:
                 continue
             seen.add(who)
-            network, own = (who, row["version"]) if "version" in row else (subject, who)
+            network, own = (who, row["version"]) if is_peer(row) else (subject, who)
             published = f"{PUBLISHED[network].error:.2f} %" if network in PUBLISHED else ""
             name = f"{network}, {own}, {how}"
             lines.append(
@@ -122,23 +118,17 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
 
 def losses(contents: Contents) -> str:
     """Every case in which something else is faster than our fastest form, or needs less memory."""
-    cases = {key: without_peers(rows) for key, rows in cases_of(contents).items()}
-    lines = [line for (*case, _), rows in cases.items() for line in losses_of(tuple(case), rows)]
-    lines += [line for case, rows in with_peers(contents).items() for line in losses_of(case, without_reference(rows))]
+    lines = []
+    for case, rows in cases_of(contents).items():
+        lines += losses_of(case, {name: row for name, row in rows.items() if not is_peer(row)})
+    for case, rows in with_peers(contents).items():
+        lines += losses_of(case, {name: row for name, row in rows.items() if is_peer(row) or is_ours(row)})
     return "Where ours loses:\n\n" + "\n".join(lines or ["- nowhere in this run"]) + "\n"
 
 
-def without_peers(rows: dict[str, Row]) -> dict[str, Row]:
-    return {name: row for name, row in rows.items() if "version" not in row}
-
-
-def without_reference(rows: dict[str, Row]) -> dict[str, Row]:
-    return {name: row for name, row in rows.items() if "version" in row or is_ours(row)}
-
-
 def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
-    """Those among rows by contender, of one (subject, part, batch)."""
-    (subject, part, batch), own = case, fastest(rows, "ours")
+    """Those of one case, from its rows by contender."""
+    (subject, part, batch, _), own = case, fastest(rows, "ours")
     if own == float("inf"):
         return []
     lines, where = [], f"{subject}, {part}, batch {batch}"
@@ -151,6 +141,10 @@ def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
         if memory and row.get("peak_bytes", memory) < memory:
             lines.append(f"- {where}: {name} peaks at {row['peak_bytes'] / memory:.2f} of our memory")
     return lines
+
+
+def is_peer(row: Row) -> bool:
+    return "version" in row
 
 
 def is_ours(row: Row) -> bool:

@@ -115,7 +115,7 @@ def interleave(
                 continue
             try:
                 found = contenders[name]()
-            except Exception as error:
+            except Exception as error:  # the others' rounds must not be lost
                 if failed is None:
                     raise
                 failed(name, error)

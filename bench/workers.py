@@ -136,7 +136,7 @@ def serve(connection: Connection, task: Task, path: Path) -> None:
             try:
                 local = task.begin() if local is None else local
                 answer: Row | str = respond(local, request, path)
-            except Exception as error:
+            except Exception as error:  # the parent's row says it
                 answer = reason(error)
             connection.send(answer)
 

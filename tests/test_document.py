@@ -166,7 +166,7 @@ def test_growth_exponents() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the bench extra")
     from bench.plots import PICTURES, draw
 
     b42, more = "seqresnet_b42", {"peak_bytes": 2**25, "operations": 1e9, "moved_bytes": 1e7}

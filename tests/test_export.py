@@ -93,9 +93,9 @@ ONNX = {
 @pytest.mark.parametrize("case", ONNX)
 def test_onnx_runtime(tmp_path: Path, case: str) -> None:
     """Logits within 1e-4; no operator of ours is left in the graph."""
-    onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx", reason="the onnx extra")
+    runtime = pytest.importorskip("onnxruntime", reason="the onnx extra")
+    pytest.importorskip("onnxscript", reason="the onnx extra")
     model = ONNX[case]()
     dims = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
     path = tmp_path / "model.onnx"

@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pt").touch()
     (folder / "text.pt").write_text("not a checkpoint\n")
+    (folder / "hello.pt").write_text("hello, no checkpoint either\n")
     torch.save({"state_dict": {}, "best_acc1": 1.0}, folder / "foreign.pt")
     (folder / "stub.pt").write_bytes(whole[: len(whole) // 100])
     state = checkpoint.load(folder / "run" / "last.pt")
@@ -105,6 +106,7 @@ ROWS = {
     "checkpoint-empty": (["evaluate", "{0}/empty.pt"], 2, r"is empty \(0 bytes\)"),
     "checkpoint-half": (["evaluate", "{0}/half.pt"], 2, "damaged or was only half written"),
     "checkpoint-text": (["evaluate", "{0}/text.pt"], 2, "text.pt is no PyTorch file"),
+    "checkpoint-greeting": (["evaluate", "{0}/hello.pt"], 2, "hello.pt is .*or is no PyTorch file$"),
     "checkpoint-foreign": (["evaluate", "{0}/foreign.pt"], 2, "holds the keys state_dict, best_acc1"),
     "checkpoint-with-objects": (["evaluate", "{0}/object.pt"], 2, "holds other objects than tensors"),
     "checkpoint-newer": (["evaluate", "{0}/newer.pt"], 2, "has version 2"),

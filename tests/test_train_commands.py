@@ -100,9 +100,9 @@ def test_export_pt2(run: Path, tmp_path: Path) -> None:
 
 
 def test_export_onnx(run: Path, tmp_path: Path) -> None:
-    runtime = pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="the onnx extra")
+    onnx = pytest.importorskip("onnx", reason="the onnx extra")
+    pytest.importorskip("onnxscript", reason="the onnx extra")
     file = tmp_path / "model.onnx"
     assert main(["export", str(run / "best.pt"), str(file), "--to=onnx"]) == 0
     assert [other.name for other in tmp_path.iterdir()] == ["model.onnx"]
@@ -150,7 +150,8 @@ def test_compiled_training(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(name, reason="an optional package")
     train(tiny(tmp_path, tensorboard=True))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -38,9 +38,9 @@ def pieces(start: int, width: int, plan: Plan) -> list[Piece]:
 def placed(weight: Tensor, j: int, plan: Plan, scale: Tensor | None = None) -> Tensor:
     """What goes with group j's window, channels in dimension 1, times `scale`, in the order of the columns read."""
     group, ring = plan.groups[j], plan.ring_channels
-    if ring is None or (group.window_width == ring and column(group.window_start, plan) == 0):
+    if ring is None or (reads_all(j, plan) and column(group.window_start, plan) == 0):
         return weight if scale is None else weight * scale
-    new = weight.new_empty if group.window_width == ring else weight.new_zeros
+    new = weight.new_empty if reads_all(j, plan) else weight.new_zeros
     out = new((weight.shape[0], ring, *weight.shape[2:]))
     for own, columns in pieces(group.window_start, group.window_width, plan):
         if scale is None:

@@ -191,7 +191,7 @@ def trace_both_modes(model: nn.Module) -> list[fx.Graph]:
     try:
         with _restored(model):
             return [trace(model.train(mode)) for mode in (True, False)]
-    except Exception as error:
+    except Exception as error:  # of the model's own code
         parts = [name for name, part in model.named_children() if _traceable(part)]
         hint = f"; these parts of it can be: {', '.join(parts)}" if parts else ""
         lines = str(error).splitlines() or [type(error).__name__]
@@ -207,7 +207,7 @@ def _traceable(part: nn.Module) -> bool:
     try:
         with _restored(part):
             trace(part)
-    except Exception:
+    except Exception:  # of the model's own code
         return False
     return True
 

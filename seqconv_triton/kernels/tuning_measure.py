@@ -78,7 +78,7 @@ def measure(call: Call, arch: str, timer: Timer, known: Mapping[LaunchConfig, st
             _time(call, right, timer, outcome)
         else:
             outcome.wrong = outcome.rejected[heuristic(call.key, arch)]
-    except Exception as error:
+    except Exception as error:  # a compiler's, a driver's: the other kernels are still tuned
         outcome.wrong = type(error).__name__
     return outcome
 
@@ -101,7 +101,7 @@ def _right(
             with with_config(call, config):
                 got = compute(call)
             reason = difference(got, expected, call)
-        except Exception as error:
+        except Exception as error:  # a compiler's, a driver's: this configuration is out
             reason = type(error).__name__
         if reason:
             outcome.rejected[config] = reason
