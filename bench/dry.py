@@ -50,7 +50,7 @@ def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
 
 def compile_all(subjects: set[str], architecture: str) -> int:
     """Ahead-of-time compilation of every kernel of the models among the subjects, in bfloat16."""
-    from seqconv_triton.kernels.ahead import SHARED_LIMIT, TARGETS, compile_launch, launches
+    from seqconv_triton.tools.ahead import SHARED_LIMIT, TARGETS, compile_launch, launches
 
     if architecture not in TARGETS:
         raise SystemExit(f"unknown architecture {architecture!r} (known: {', '.join(TARGETS)})")

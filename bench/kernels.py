@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from bench.subjects import stage_of
-from seqconv_triton.backend.triton_parts import Geometry
+from seqconv_triton.backend.triton.parts import Geometry
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.data_gradient import data_gradient
 from seqconv_triton.kernels.launch import FORWARD_ROWS, MEAN, VAR, Features, Scratch

@@ -18,8 +18,8 @@ from torch import Tensor
 import seqconv_triton as sct
 from bench.results import Results, provenance
 from seqconv_triton.kernels import launch
-from seqconv_triton.kernels.ahead import stage_passes
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
+from seqconv_triton.tools.ahead import stage_passes
 
 MODELS = ("seqresnet_b22", "seqresnet_b42", "seqresnext_24")
 ROUNDS = 7

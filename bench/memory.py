@@ -11,7 +11,8 @@ from torch.autograd.profiler import profile
 
 from bench.contenders import Contender
 from bench.timing import unmarked
-from seqconv_triton.backend import aten_memory, aten_packed
+from seqconv_triton.backend.aten import memory as aten_memory
+from seqconv_triton.backend.aten import packed as aten_packed
 
 
 class Allocations(profile):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import seqconv_triton as sct
 from bench.ceilings import Ceilings
 from seqconv_triton.kernels import launch
-from seqconv_triton.kernels.ahead import stage_passes
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.plan import Plan
+from seqconv_triton.tools.ahead import stage_passes
 
 # Parts of a training step; an evaluation has one.
 PARTS = ("forward", "backward")

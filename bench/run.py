@@ -116,7 +116,7 @@ def reopened(path: Path, identities: list[str]) -> Results:
 def counts(subjects: set[str]) -> dict[str, dict[str, int]]:
     """What needs no clock: parameters, their tensors here and in the published layout, bytes kept for backward."""
     import seqconv_triton as sct
-    from seqconv_triton.summary import summarize
+    from seqconv_triton.tools.info import summarize
 
     found = {}
     for name in sorted(subjects & set(sct.list_models())):

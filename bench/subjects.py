@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import seqconv_triton as sct
 from bench.cases import LAYERS
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.plan import Plan
 
 

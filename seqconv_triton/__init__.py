@@ -1,16 +1,16 @@
 """Sequentially aggregated convolutional networks (Huang et al., 2019), fast: layers, stages and the paper's models."""
 
 from seqconv_triton.backend import use_backend
-from seqconv_triton.fuse import fuse
 from seqconv_triton.interop.convert import convert
 from seqconv_triton.interop.published import export_published, load_published
-from seqconv_triton.layers import SeqConv2d, Stage
 from seqconv_triton.models.cifar import CifarSeqResNet
+from seqconv_triton.models.fuse import fuse
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
 from seqconv_triton.models.registry import create_model, list_models
-from seqconv_triton.optim import parameter_groups
+from seqconv_triton.nn.layers import SeqConv2d, Stage
+from seqconv_triton.nn.parameter_groups import parameter_groups
+from seqconv_triton.nn.synchronize import convert_sync_batchnorm
 from seqconv_triton.plan import Group, Plan
-from seqconv_triton.synchronize import convert_sync_batchnorm
 
 __version__ = "0.1.0"
 __all__ = [

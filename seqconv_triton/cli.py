@@ -19,21 +19,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.summary"),
-    "demo": Command("train a small network on handwritten digits", "seqconv_triton.training.demo"),
-    "train": Command(
-        "train a model by the paper's recipe, alone or under torchrun", "seqconv_triton.training.commands.train"
-    ),
-    "evaluate": Command("a checkpoint's errors on a validation set", "seqconv_triton.training.commands.evaluate"),
-    "predict": Command("the likeliest classes of image files", "seqconv_triton.training.commands.predict"),
-    "export": Command("a checkpoint as plain weights, ONNX or pt2", "seqconv_triton.training.commands.export"),
-    "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.kernels.report"),
-    "heatmap": Command("draw which group uses which (Figure 5), from a checkpoint", "seqconv_triton.figures.heatmap"),
-    "history": Command("plot the training curves of several runs (Figure 4)", "seqconv_triton.figures.history"),
-    "ablation": Command(
-        "train the ablation's networks (Table 5) and equal baselines", "seqconv_triton.ablation.command"
-    ),
-    "tune": Command("measure the kernels' configurations on a GPU", "seqconv_triton.kernels.tuning_command"),
+    "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.tools.info"),
+    "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.tools.kernels"),
+    "tune": Command("measure the kernels' configurations on a GPU", "seqconv_triton.tools.tuning_command"),
 }
 
 

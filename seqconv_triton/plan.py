@@ -308,6 +308,6 @@ class Plan:
         return tuple(segments)
 
     def __str__(self) -> str:
-        from seqconv_triton.picture import draw
+        from seqconv_triton.plan_picture import draw
 
         return draw(self)

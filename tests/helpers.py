@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import seqconv_triton as sct
 from seqconv_triton.backend.packing import transform_weights
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
 
 DOCS = Path(__file__).parent.parent / "docs"
 Run = Callable[[nn.Module, Tensor], Sequence[Tensor]]

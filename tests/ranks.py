@@ -22,8 +22,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import seqconv_triton as sct
+from recipes.training import checkpoint
 from seqconv_triton.plan import Plan, Tail
-from seqconv_triton.training import checkpoint
 
 DEVICE = torch.device(sys.argv[3])
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend import FOLDED, StageParameters, Statistics, reference
-from seqconv_triton.layers import Stage
+from seqconv_triton.backend import reference
+from seqconv_triton.backend.contract import FOLDED, StageParameters, Statistics
+from seqconv_triton.nn.layers import Stage
 from seqconv_triton.plan_text import encode
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqconv_triton.training import Config, checkpoint
+from recipes.training import Config, checkpoint
 
 OPTIONS = {"group_width": 4, "widen": 1}
 TINY = [

@@ -17,13 +17,13 @@ import torch
 pytest.importorskip("sklearn", reason="the demo's extra")
 pytest.importorskip("tqdm", reason="the demo's extra")
 
-from seqconv_triton.ablation import command, data, runs
-from seqconv_triton.ablation.report import as_json, markdown, rows
-from seqconv_triton.ablation.runs import Result
-from seqconv_triton.ablation.settings import CONTESTANTS, SETTINGS, Setting, budget
+from recipes.ablation import command, data, runs
+from recipes.ablation.report import as_json, markdown, rows
+from recipes.ablation.runs import Result
+from recipes.ablation.settings import CONTESTANTS, SETTINGS, Setting, budget
+from recipes.figures.networks import load_network
+from recipes.training.baseline import count_parameters
 from seqconv_triton.cli import main
-from seqconv_triton.figures.networks import load_network
-from seqconv_triton.training.baseline import count_parameters
 
 SEQRESNETS = [key for key, one in CONTESTANTS.items() if one.options is not None]
 BASELINES = [key for key, one in CONTESTANTS.items() if one.options is None]
@@ -216,7 +216,7 @@ def test_diverged_training_is_an_error_that_names_the_run(tmp_path: Path, monkey
 
 
 def runs_recipe(setting: Setting) -> Any:
-    from seqconv_triton.training.loop import Recipe
+    from recipes.training.loop import Recipe
 
     return Recipe(setting.epochs, setting.batch_size, learning_rate=1e30)
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 PROGRAM = """
 import sys, torch
 import seqconv_triton as sct
-from seqconv_triton.kernels.ahead import SHARED_LIMIT, compile_launch, launches
+from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
 
 architecture, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 chosen = {}
@@ -39,7 +39,7 @@ for _, item in chosen.values():
 SAME_KERNELS = """
 import torch
 import seqconv_triton as sct
-from seqconv_triton.kernels.ahead import launches
+from seqconv_triton.tools.ahead import launches
 
 def found(name, size, batch, dtype=torch.bfloat16):
     return set(launches(sct.create_model(name, device="meta"), size, batch, dtype, "sm_90"))

@@ -12,7 +12,7 @@ from helpers import error, randomise
 from torch import Tensor
 
 import seqconv_triton as sct
-from seqconv_triton.backend import aten_memory
+from seqconv_triton.backend.aten import memory as aten_memory
 from seqconv_triton.plan import Plan, Tail
 
 PLAN = Plan.stage(12, 4, 2, tail=Tail(12, 1))

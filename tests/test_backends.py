@@ -11,7 +11,7 @@ from helpers import assert_backends_agree, error, everything, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
-from seqconv_triton.backend import aten_evaluation
+from seqconv_triton.backend.aten import evaluation as aten_evaluation
 from seqconv_triton.plan import Plan, Tail
 
 TOLERANCE = 1e-11

@@ -149,7 +149,7 @@ def test_peers_are_checked_against_themselves(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_kept_bytes_are_those_of_info() -> None:
-    from seqconv_triton.summary import summarize
+    from seqconv_triton.tools.info import summarize
 
     name = "cifar_seqresnet_b_r7_k16"
     case = Case(name, True, 2, (), image=32)

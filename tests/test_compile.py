@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import seqconv_triton as sct
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.plan import Plan, Tail
 
 facility = pytest.mark.facility

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("sklearn", reason="the demo's extra")
 pytest.importorskip("matplotlib", reason="the demo's extra")
 
+from recipes.training import checkpoint, demo, digits
 from seqconv_triton.cli import main
-from seqconv_triton.training import checkpoint, demo, digits
 
 
 def test_short_demo_writes_everything_and_repeats_itself(tmp_path: Path) -> None:

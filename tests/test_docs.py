@@ -18,9 +18,9 @@ from xml.etree import ElementTree
 import pytest
 
 import seqconv_triton as sct
+from recipes.training import checkpoint, demo
+from recipes.training.log import Log, Row
 from seqconv_triton import cli
-from seqconv_triton.training import checkpoint, demo
-from seqconv_triton.training.log import Log, Row
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

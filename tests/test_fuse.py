@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import seqconv_triton as sct
-from seqconv_triton.backend import aten_packed
+from seqconv_triton.backend.aten import packed as aten_packed
 from seqconv_triton.plan import Plan
 
 facility = pytest.mark.facility

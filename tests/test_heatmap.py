@@ -15,12 +15,12 @@ from helpers import randomise
 from torch import Tensor
 
 import seqconv_triton as sct
+from recipes.figures.connections import Connections, group_strengths, layer_connections, stage_connections
+from recipes.figures.networks import layers
+from recipes.training.baseline import PreactivationResNet
 from seqconv_triton.cli import main
-from seqconv_triton.figures.connections import Connections, group_strengths, layer_connections, stage_connections
-from seqconv_triton.figures.networks import layers
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.plan import Plan, Tail
-from seqconv_triton.training.baseline import PreactivationResNet
 
 Table = dict[tuple[int, int], float]  # (target group, source group), both as the paper counts them
 
@@ -143,7 +143,7 @@ def test_untrained_layer_is_all_zeros() -> None:
 
 def test_picture_is_white_outside_the_window() -> None:
     pytest.importorskip("matplotlib", reason="the plot extra")
-    from seqconv_triton.figures.heatmap import draw, layer_panels
+    from recipes.figures.heatmap import draw, layer_panels
 
     figure = draw([("one", layer_panels(randomise(CifarSeqResNet(4, 1))))])
     shown = [axes for axes in figure.axes if axes.images]
@@ -166,7 +166,7 @@ def small() -> dict[str, Tensor]:
 
 
 def demo_state(name: str) -> dict[str, object]:
-    from seqconv_triton.training.demo import networks
+    from recipes.training.demo import networks
 
     return {"model": networks(10)[name]().state_dict(), "epochs": 1, "seed": 0}
 

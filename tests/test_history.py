@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes.figures.history import read_log, run_names
 from seqconv_triton.cli import main
-from seqconv_triton.figures.history import read_log, run_names
 
 HEADER = "epoch,learning_rate,train_loss,train_error,val_loss,val_error,images_per_second,seconds\n"
 
@@ -64,7 +64,7 @@ def test_names_are_told_apart() -> None:
 def test_picture(tmp_path: Path) -> None:
     """Solid validation and dashed training lines, a colour a run, in the legend too."""
     pytest.importorskip("matplotlib", reason="the plot extra")
-    from seqconv_triton.figures.history import COLOURS, draw
+    from recipes.figures.history import COLOURS, draw
 
     for name, scale in (("a", 1), ("b", 2)):
         write(tmp_path / name / "log.csv", HEADER + row(1, 8 * scale, 9 * scale) + row(2, 0, 3 * scale))

@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import seqconv_triton as sct
 from seqconv_triton.kernels import launch
-from seqconv_triton.kernels.ahead import stage_passes
-from seqconv_triton.layers import Stage
+from seqconv_triton.nn.layers import Stage
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.tools.ahead import stage_passes
 
 
 class Memory(TorchDispatchMode):

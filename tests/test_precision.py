@@ -99,7 +99,7 @@ def test_whole_model_in_bfloat16(place: torch.device, training: bool) -> None:
 @pytest.mark.slow
 def test_bfloat16_training_follows_float32() -> None:
     """Noise is what another seed makes of float32 training; bfloat16 may not be further away than that."""
-    digits = pytest.importorskip("seqconv_triton.training.digits", reason="scikit-learn is not installed").load()
+    digits = pytest.importorskip("recipes.training.digits", reason="scikit-learn is not installed").load()
 
     def train(seed: int, half: bool) -> tuple[float, float]:
         torch.manual_seed(seed)

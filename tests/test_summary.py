@@ -11,7 +11,7 @@ from torch import Tensor
 
 import seqconv_triton as sct
 from seqconv_triton.cli import main
-from seqconv_triton.summary import kept_for_backward, summarize
+from seqconv_triton.tools.info import kept_for_backward, summarize
 
 # parameters (exact), multiply-adds in G at the paper's image size, the paper's GFLOPs
 FIGURES = {

@@ -50,7 +50,7 @@ def test_operations_equal_those_of_plain_convs(options: dict[str, object]) -> No
 @facility("FlopCounterMode counts the fused ops")
 def test_operations_of_a_network() -> None:
     """Twice the multiply-adds that `info` prints; recomputing shows as the 1×1 convs once more."""
-    from seqconv_triton.summary import summarize
+    from seqconv_triton.tools.info import summarize
 
     model = sct.SeqResNetB22().eval()
     x = torch.randn(1, 3, 224, 224, device="meta")

@@ -16,10 +16,10 @@ from runs import TINY, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
+from recipes.training import checkpoint, data, train
+from recipes.training.data import Batch, DigitsSource
+from recipes.training.loop import Trainer
 from seqconv_triton.cli import COMMANDS, Command, main
-from seqconv_triton.training import checkpoint, data, train
-from seqconv_triton.training.data import Batch, DigitsSource
-from seqconv_triton.training.loop import Trainer
 
 
 def has_torchvision() -> bool:
@@ -254,7 +254,7 @@ def test_full_disk_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", fail_write(name, {"log.csv": 3}.get(name, 2)))
         if name == "best.pt":
-            patch.setattr("seqconv_triton.training.run.evaluate", improving())
+            patch.setattr("recipes.training.run.evaluate", improving())
         assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -267,7 +267,7 @@ def test_full_disk_keeps_the_last_checkpoint(
 
 def improving() -> Callable[..., object]:
     """An evaluation that finds every epoch better than the one before."""
-    from seqconv_triton.training.loop import Evaluation
+    from recipes.training.loop import Evaluation
 
     errors = iter((50.0, 40.0, 30.0))
     return lambda *arguments: Evaluation(360, 1.0, next(errors), None)

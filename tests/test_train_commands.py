@@ -14,9 +14,9 @@ from torch import Tensor
 pytest.importorskip("sklearn", reason="the digits")
 
 import seqconv_triton as sct
+from recipes.training import checkpoint, train, trained
+from recipes.training.images import decode
 from seqconv_triton.cli import main
-from seqconv_triton.training import checkpoint, train, trained
-from seqconv_triton.training.images import decode
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    from seqconv_triton.training import digits
+    from recipes.training import digits
 
     test = digits.load().test
     return test.images[:6], test.labels[:6]
@@ -118,7 +118,7 @@ def test_export_onnx(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_that_answers_otherwise_is_an_error(run: Path) -> None:
-    from seqconv_triton.training.commands.export import _check
+    from recipes.training.commands.export import _check
 
     one = trained.load(run / "best.pt")
     _check(one, one.model)

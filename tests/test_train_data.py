@@ -11,13 +11,13 @@ from runs import tiny
 from torch import Tensor
 
 import seqconv_triton as sct
-from seqconv_triton.training import Config, architecture
-from seqconv_triton.training.config import differences
-from seqconv_triton.training.distributed import Ranks
-from seqconv_triton.training.images import Preprocess, decode
-from seqconv_triton.training.loading import Loader, Samples
-from seqconv_triton.training.loop import Trainer
-from seqconv_triton.training.order import epoch_order, evaluation_pieces, shares, steps_per_epoch
+from recipes.training import Config, architecture
+from recipes.training.config import differences
+from recipes.training.distributed import Ranks
+from recipes.training.images import Preprocess, decode
+from recipes.training.loading import Loader, Samples
+from recipes.training.loop import Trainer
+from recipes.training.order import epoch_order, evaluation_pieces, shares, steps_per_epoch
 
 
 @pytest.mark.parametrize(

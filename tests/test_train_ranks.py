@@ -13,7 +13,7 @@ from runs import OPTIONS, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
-from seqconv_triton.training import checkpoint, train
+from recipes.training import checkpoint, train
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -23,7 +23,7 @@ COMMAND = """
 import os, sys, torch
 torch.set_default_dtype(torch.float64)
 from seqconv_triton.cli import main
-from seqconv_triton.training.data import DigitsSource
+from recipes.training.data import DigitsSource
 begin = DigitsSource.__init__
 def begin_skipping(self, *arguments):
     begin(self, *arguments)

@@ -16,9 +16,9 @@ from runs import TINY, assert_same_run, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
+from recipes.training import Config, checkpoint, train
+from recipes.training.loop import Trainer
 from seqconv_triton.cli import main
-from seqconv_triton.training import Config, checkpoint, train
-from seqconv_triton.training.loop import Trainer
 
 EXTRAS = dict(accumulate=2, ema=0.9, mixup=0.2, label_smoothing=0.1)  # all that has state or random numbers of its own
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in EXTRAS.items()]
@@ -71,7 +71,7 @@ def test_stopped_run_goes_on(
     number: int, status: int, in_evaluation: bool, undisturbed: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from seqconv_triton.training.data import DigitsSource
+    from recipes.training.data import DigitsSource
 
     step, batches, calls = Trainer.step, DigitsSource.val_batches, []
 

@@ -25,11 +25,11 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from recipes.training import Config, checkpoint, train
+from recipes.training.images import Preprocess
+from recipes.training.loop import Trainer
+from recipes.training.vision import Lighting, open_source, training_transform
 from seqconv_triton.cli import main
-from seqconv_triton.training import Config, checkpoint, train
-from seqconv_triton.training.images import Preprocess
-from seqconv_triton.training.loop import Trainer
-from seqconv_triton.training.vision import Lighting, open_source, training_transform
 
 MODEL = [
     *("--model=cifar_custom", "--model-options", *(f"{name}={value}" for name, value in OPTIONS.items())),

@@ -208,6 +208,6 @@ def test_empty_batch_and_refusals() -> None:
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seqconv_triton.backend.triton.INTERPRETED", False)
+    monkeypatch.setattr("seqconv_triton.backend.triton.forward.INTERPRETED", False)
     with sct.use_backend("triton"), pytest.raises(ValueError, match="needs a GPU"):
         sct.SeqConv2d(4, 4, 2)(torch.randn(1, 4, 3, 3))

@@ -17,11 +17,12 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tuning import ARCH, Clock, interpreted, keys_of
 
 from seqconv_triton import cli
-from seqconv_triton.kernels import configs, tuning_command, tuning_measure, tuning_tables
+from seqconv_triton.kernels import configs, tuning_tables
 from seqconv_triton.kernels.configs import Key, heuristic
-from seqconv_triton.kernels.tuning_calls import Call
 from seqconv_triton.kernels.tuning_candidates import candidates
-from seqconv_triton.kernels.tuning_measure import Outcome
+from seqconv_triton.tools import tuning_command, tuning_measure
+from seqconv_triton.tools.tuning_calls import Call
+from seqconv_triton.tools.tuning_measure import Outcome
 
 
 @pytest.fixture

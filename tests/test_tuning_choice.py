@@ -17,13 +17,14 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tuning import ARCH, Clock, interpreted, keys_of
 
 import seqconv_triton as sct
-from seqconv_triton.kernels import configs, launch, tuning_calls, tuning_measure
-from seqconv_triton.kernels.ahead import stage_inputs, stage_passes
+from seqconv_triton.kernels import configs, launch
 from seqconv_triton.kernels.configs import LaunchConfig, heuristic
-from seqconv_triton.kernels.tuning_calls import Call, collect, fill, on_device, recorded
 from seqconv_triton.kernels.tuning_candidates import candidates, fits
-from seqconv_triton.kernels.tuning_measure import faster, measure
 from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.tools import tuning_calls, tuning_measure
+from seqconv_triton.tools.ahead import stage_inputs, stage_passes
+from seqconv_triton.tools.tuning_calls import Call, collect, fill, on_device, recorded
+from seqconv_triton.tools.tuning_measure import faster, measure
 
 IMAGENET = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
 
@@ -276,10 +277,10 @@ def test_the_timer_is_bounded_and_times_the_run_alone(monkeypatch: pytest.Monkey
 COMPILE = """
 import time, torch
 import seqconv_triton as sct
-from seqconv_triton.kernels import tuning_measure
-from seqconv_triton.kernels.ahead import TARGETS, launches
+from seqconv_triton.tools import tuning_measure
+from seqconv_triton.tools.ahead import TARGETS, launches
 from seqconv_triton.kernels.configs import LaunchConfig, assume, use_tables
-from seqconv_triton.kernels.tuning_calls import collect
+from seqconv_triton.tools.tuning_calls import collect
 
 model = sct.create_model("cifar_seqresnet_b_r7_k16", device="meta")
 works = collect(model, (16, 3, 32, 32), torch.bfloat16, "sm_90")

@@ -13,7 +13,7 @@ import torch
 import seqconv_triton as sct
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.configs import Key, LaunchConfig
-from seqconv_triton.kernels.tuning_calls import collect
+from seqconv_triton.tools.tuning_calls import collect
 
 ARCH = "sm_90"
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="the interpreter is off where there is a GPU")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend import FOLDED, StageOutput, StageParameters, Statistics, across_ranks
+from seqconv_triton.backend import ranks as across_ranks
+from seqconv_triton.backend.contract import FOLDED, StageOutput, StageParameters, Statistics
 from seqconv_triton.backend.packing import group_masks, transform_weights, window_weights
 from seqconv_triton.plan import Layer, Plan
 

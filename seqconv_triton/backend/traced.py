@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend import StageParameters, Statistics
-from seqconv_triton.backend.aten_folding import Folding
+from seqconv_triton.backend.contract import StageParameters, Statistics
+from seqconv_triton.backend.folding import Folding
 from seqconv_triton.backend.packing import group_masks
 from seqconv_triton.plan import Plan
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from seqconv_triton.interop.convert_trace import Triple, find_triples
-from seqconv_triton.layers import SeqConv2d
+from seqconv_triton.nn.layers import SeqConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 Width = int | Callable[[str, nn.Conv2d], int]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from seqconv_triton.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
 
 RELU_FUNCTIONS = (nn.functional.relu, nn.functional.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")

@@ -14,12 +14,12 @@ from typing import IO, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton import torch_file
 from seqconv_triton.backend.packing import transform_weights, window_weights
-from seqconv_triton.layers import Stage
+from seqconv_triton.interop import torch_file
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import ImageNetNetwork, SeqResNeXt24
+from seqconv_triton.nn.layers import Stage
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 VECTORS = ("weight", "bias", "running_mean", "running_var")

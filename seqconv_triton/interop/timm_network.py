@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from seqconv_triton.layers import Affine, Stage
 from seqconv_triton.models.backbone import Backbone, chosen_stages
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
+from seqconv_triton.nn.layers import Affine, Stage
 
 POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
 

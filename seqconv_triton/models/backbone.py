@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv_triton.checks import check_network_input
-from seqconv_triton.layers import Affine, PackedSeqConv, Stage, fan_out_uniform_
+from seqconv_triton.nn.layers import Affine, PackedSeqConv, Stage, fan_out_uniform_
+from seqconv_triton.ops.checks import check_network_input
 
 
 class Backbone(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqconv_triton.layers import Stage
 from seqconv_triton.models.backbone import Backbone
+from seqconv_triton.nn.layers import Stage
+from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.plan import Plan, Tail
-from seqconv_triton.stem import StemConv2d
 
 STEM_CHANNELS = 16
 

@@ -1,0 +1,1 @@
+"""The shared buffer on PyTorch's own ops: CPU, export, and wherever Triton is not."""

@@ -1,0 +1,75 @@
+"""Weights of fused stages as oneDNN lays them out, so that an evaluation does not reorder them again.
+
+Only what `fuse` has made is remembered: it is for deployment, where weights stay as they are. An entry lives as long as
+the memory of its 3×3 weight, and counts only while every weight is the same tensor in the same memory and has not
+changed since, by PyTorch's own count of in-place changes. Fused optimizers do not count theirs, so a backward pass
+forgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+if TYPE_CHECKING:
+    from seqconv_triton.backend.contract import StageParameters
+    from seqconv_triton.backend.folding import Folding, GroupWeights
+    from seqconv_triton.plan import Plan
+
+_remembered = WeakIdKeyDictionary()  # storage of a 3×3 weight → by offset: what it counts for, and the packed groups
+
+
+def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
+    """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
+    weights = [weight for weight in parameters if weight is not None]
+    if any(weight.is_inference() for weight in weights):  # nobody counts their changes
+        return folding.group
+    key = folding.plan, folding.place, [identity(weight) for weight in weights]
+    transform = parameters.transform_weight
+    entries = _remembered.setdefault(transform.untyped_storage(), {})
+    found = entries.get(transform.storage_offset())
+    if found is None or found[0] != key:
+        found = key, [pack(folding.group(j), folding.plan, x) for j in range(len(folding.plan.groups))]
+        entries[transform.storage_offset()] = found
+    groups: list[GroupWeights] = found[1]
+    return groups.__getitem__
+
+
+def identity(weight: Tensor) -> tuple[Any, ...]:
+    """The weak reference is there because ids and addresses come again when what had them is gone."""
+    return WeakIdRef(weight.untyped_storage()), id(weight), weight.data_ptr(), weight._version
+
+
+def forget(transform_weight: Tensor | None = None) -> None:
+    """Free what is remembered of a stage, or all of it; the next evaluation packs again."""
+    if transform_weight is None:
+        _remembered.clear()
+    else:
+        _remembered.pop(transform_weight.untyped_storage(), None)
+
+
+def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
+    images, _, height, width = x.shape
+
+    def packed(weight: Tensor, groups: int) -> Tensor:
+        padding, one = [weight.shape[-1] // 2] * 2, [1, 1]
+        shape = [images, weight.shape[1] * groups, height, width]
+        reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, one, one, groups, shape)
+        return reordered
+
+    reduce = None if weights.reduce is None else packed(weights.reduce[:, :, None, None], 1)
+    transform = packed(weights.transform, plan.subgroups if plan.bottleneck else 1)
+    return weights._replace(reduce=reduce, transform=transform, packed=True)
+
+
+def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    """Conv with a packed weight. Without oneDNN's own ReLU, which turns NaN into 0."""
+    one: Any = [1, 1]
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, [padding] * 2, one, one, groups, "none", [], ""
+    )
+    return out

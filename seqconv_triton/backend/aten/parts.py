@@ -1,0 +1,170 @@
+"""What the aten backend's passes share: rows and images, BN on packed channels, the tail, weights as matrices."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqconv_triton.backend.contract import StageParameters, Statistics
+from seqconv_triton.backend.packing import window_weights
+from seqconv_triton.backend.ranks import AcrossRanks
+from seqconv_triton.plan import Plan, Tail
+
+aten = torch.ops.aten
+
+
+def pixels(x: Tensor) -> Tensor:
+    """A channels-last [N, C, H, W] tensor as rows of channels: [P, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class Images:
+    """Turns rows of channels [P, C] back into [N, C, H, W] without a copy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.batch, _, self.height, self.width = x.shape
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.batch, self.height, self.width)).permute(0, 3, 1, 2)
+
+    def pixel_mask(self, mask: Tensor) -> Tensor:
+        """A channel mask [N, C] repeated for every pixel: [P, C]."""
+        return mask[:, None].expand(-1, self.height * self.width, -1).reshape(-1, mask.shape[1])
+
+
+class Norm:
+    """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        batch: bool,
+        across: AcrossRanks | None,
+    ) -> None:
+        if mean is None or var is None:
+            mean, var = torch.zeros_like(bias), torch.ones_like(bias)
+        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
+        self.batch, self.across = batch, across
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """scale and shift with BN(x) = scale·x + shift."""
+        scale = self.weight * (self.var + self.eps).rsqrt()
+        return scale, self.bias - scale * self.mean
+
+    def normalize(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
+        if not self.batch:
+            return self.apply(raw, start)
+        channels = slice(start, start + raw.shape[1])
+        if self.across is not None:
+            var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
+            self.mean[channels], self.var[channels] = self.across.statistics(mean, var)
+            return self.apply(raw, start)
+        weight, bias = self.weight[channels], self.bias[channels]
+        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+        self.mean[channels] = mean
+        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
+        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
+        return out
+
+    def apply(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) with known statistics."""
+        channels = slice(start, start + raw.shape[1])
+        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
+        out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
+        return out
+
+    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
+        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
+        channels = slice(start, start + raw.shape[1])
+        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
+        inverse = (var + self.eps).rsqrt()
+        if self.batch and self.across is not None:
+            precise = grad.to(mean.dtype)
+            normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
+            sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
+            d_bias[channels], d_weight[channels] = sums
+            mean_g, mean_gx = self.across.means(sums)[:, :, None, None].unbind()
+            return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
+        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
+            grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
+        )
+        return d_raw
+
+
+def norms(
+    parameters: StageParameters, statistics: Statistics, eps: float, batch: bool, across: AcrossRanks | None = None
+) -> tuple[Norm, Norm | None]:
+    """The BNs over the buffer, and those behind the 1×1 convs."""
+    p, s = parameters, statistics
+    norm = Norm(p.norm_weight, p.norm_bias, s.mean, s.var, eps, batch, across)
+    if p.reduce_norm_weight is None:
+        return norm, None
+    assert p.reduce_norm_bias is not None
+    return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
+
+
+def onednn_takes(x: Tensor) -> bool:
+    """Whether PyTorch has oneDNN for what lies here."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def worth_onednn(grad: Tensor) -> bool:
+    """Whether its 1×1 gradients repay reordered weights (docs/performance.md: below, the BLAS is as fast)."""
+    return onednn_takes(grad) and grad.is_contiguous() and grad.shape[0] >= 256 and grad.shape[1] >= 16
+
+
+def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None, images: Images) -> Tensor:
+    """1×1 conv of rows [P, C] with weight [k, C]: [P, k].
+
+    On AMD processors oneDNN's products are twice as fast as those of the BLAS that PyTorch brings, so that it even pays
+    to close the gaps between rows for it.
+    """
+    if onednn_takes(rows):
+        return pixels(convolution(images(rows.contiguous()), weight[:, :, None, None], bias))
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1) -> Tensor:
+    """Conv with a padding that keeps the image size at stride 1.
+
+    Straight to oneDNN where it is: PyTorch itself passes it by for single small images, at several times the cost.
+    """
+    padding = weight.shape[-1] // 2
+    if onednn_takes(x):
+        return torch.mkldnn_convolution(x, weight, bias, (padding,) * 2, (stride,) * 2, (1, 1), groups)
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+
+def add_product_(into: Tensor, rows: Tensor, weight: Tensor, images: Images) -> None:
+    """into [P, C] += rows [P, k] @ weight [k, C], all without gaps, through oneDNN, which can add as it stores."""
+    add_in_place = torch.ops.mkldnn._convolution_pointwise_.binary
+    one = (1, 1)
+    weight = weight.t()[:, :, None, None]
+    add_in_place(images(into), images(rows), weight, None, (0, 0), one, one, 1, "add", None, None, [], None)
+
+
+def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
+    """grad [P, k] transposed times rows [P, C], through oneDNN: the weight gradient of `pointwise`."""
+    like = rows.new_empty(grad.shape[1], rows.shape[1], 1, 1)
+    one, none = [1, 1], [0, 0]
+    dw: Tensor = aten.convolution_backward(
+        images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
+    )[1]
+    return dw.flatten(1)
+
+
+def tail_convolution(x: Tensor, weight: Tensor, tail: Tail, groups: int) -> Tensor:
+    """The conv behind the stage, or some of its groups, on their activated input."""
+    x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
+    return convolution(x, weight, None, tail.stride, groups)
+
+
+def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    """The 1×1 convs of all groups as matrices [k, window]; none in basic layers."""
+    return () if weight is None else tuple(w.flatten(1) for w in window_weights(weight, plan, 1))

@@ -1,0 +1,1 @@
+"""The order in which a stage launches the Triton kernels."""

@@ -1,0 +1,107 @@
+"""`fuse`: a model for deployment, every BN folded into the weights before it, or into a scale and a shift.
+
+Folded are the 1×1 convs' BNs, and those of the 3×3 convs without a shortcut behind them; the others keep their scale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from seqconv_triton.backend.packing import transform_weights, window_weights
+from seqconv_triton.models.backbone import Backbone
+from seqconv_triton.nn.layers import Affine, PackedSeqConv
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def fuse(model: Model) -> Model:
+    """A copy of `model` for evaluation, with the BNs of all its seqconv_triton layers and networks folded.
+
+    Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
+    changes nothing in a folded layer. Fold in float32 and convert afterwards: `fuse(model).bfloat16()`.
+
+    On a CPU the first evaluation in float32 lays the weights out for oneDNN and keeps that second copy, which makes
+    small batches faster. Changes of a weight by `copy_`, `load_state_dict`, other in-place ops or an optimizer behind a
+    backward pass are seen; in-place writes to `weight.data` or to a NumPy view of it are not.
+
+    Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
+    or computes its weights (parametrizations, pruning).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    packed = [module for module in model.modules() if isinstance(module, PackedSeqConv)]
+    if not packed:
+        raise ValueError(f"model ({type(model).__name__}) has no seqconv_triton layers to fold")
+    if any(isinstance(module.norm, Affine) for module in packed):
+        raise ValueError(f"model ({type(model).__name__}) is folded already")
+    for name, module in model.named_modules():
+        for part in _parts(module):
+            _check_foldable(name or type(module).__name__, part)
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, PackedSeqConv):
+            _fold_packed(module)
+        elif isinstance(module, Backbone):
+            if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
+                module.norm = _affine(module.norm)
+            for i in range(len(module.stem) - 1):
+                conv, norm = module.stem[i], module.stem[i + 1]
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+                    module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return model
+
+
+def _affine(norm: nn.Module) -> Affine:
+    """The scale and shift of a BN in evaluation, computed in float64."""
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    shift = norm.bias.double() - scale * norm.running_mean.double()
+    return Affine(scale.to(norm.weight.dtype), shift.to(norm.bias.dtype))
+
+
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    """The modules that are folded for this one's sake."""
+    if isinstance(module, PackedSeqConv):
+        return module.modules()
+    return (*module.stem, module.norm) if isinstance(module, Backbone) else ()
+
+
+def _check_foldable(owner: str, part: nn.Module) -> None:
+    """What is multiplied into a computed weight would be lost, and a BN may have nothing to fold."""
+    for name in ("reduce_weight", "transform_weight", "tail_weight", "weight"):
+        if isinstance(getattr(part, name, None), Tensor) and name not in part._parameters:
+            raise ValueError(
+                f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent "
+                "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+            )
+    if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) and part.running_mean is None:
+        raise ValueError(f"{owner}: a BN without running statistics (track_running_stats=False) cannot be folded")
+
+
+def _fold_packed(module: PackedSeqConv) -> None:
+    plan, k = module.plan, module.plan.group_width
+    module.dropout = 0.0
+    if module.reduce_norm is not None:
+        assert module.reduce_weight is not None
+        module.reduce_norm = inner = _affine(module.reduce_norm)
+        for weight, scale in zip(window_weights(module.reduce_weight, plan, 1), inner.weight.split(k), strict=True):
+            weight.mul_(scale[:, None, None, None])
+        inner.weight.fill_(1)
+    module.norm = norm = _affine(module.norm)
+    if plan.is_single_layer:
+        return  # its raw output may be asked for, and shortcuts added to it
+    assert module.transform_weight is not None
+    transform = transform_weights(module.transform_weight, plan)
+    missing = plan.total_channels - plan.normalized_channels
+    for j in plan.foldable_groups:
+        scale = norm.weight[plan.slot(j) - missing :][:k]
+        transform[j].mul_(scale[:, None, None, None])
+        scale.fill_(1)

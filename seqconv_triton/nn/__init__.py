@@ -1,0 +1,1 @@
+"""The modules: layers, stages, their BNs, the stem."""

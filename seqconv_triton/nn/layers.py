@@ -1,0 +1,293 @@
+"""The modules: SeqConv2d, one layer, and Stage, whole stages; both hold packed parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqconv_triton.backend.contract import FOLDED, StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.packing import transform_weights
+from seqconv_triton.backend.ranks import batch_norm, group_name
+from seqconv_triton.ops import stage as functional
+from seqconv_triton.plan import Plan
+
+
+class Affine(nn.Module):
+    """scale·x + shift for every channel: what is left of a BN whose statistics are folded in (`fuse`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+        weight, bias = (t[channels].to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)
+
+
+class PackedSeqConv(nn.Module):
+    """Parameters and statistics of a plan, packed: one tensor for all 1×1 convs, one for all 3×3 convs, two BNs.
+
+    `norm` holds the affine and the statistics of the BN behind every channel of the buffer, `reduce_norm` of those
+    behind the 1×1 convs. They are containers in BatchNorm2d's clothes: freezing one (`eval()`, requires_grad) works
+    as usual, its own forward is never called. Both must be in the same mode. `convert_sync_batchnorm` makes them
+    SyncBatchNorm2ds, `fuse` makes them `Affine`s. With `recompute` the 1×1 convs' outputs are not kept for backward
+    but computed again (gradient checkpointing).
+    """
+
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
+    reduce_norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine | None
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout ({dropout}) must be at least 0 and below 1")
+        if not eps > 0:
+            raise ValueError(f"eps ({eps}) must be above 0")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.plan, self.dropout, self.recompute = plan, dropout, False
+        # Columns of a dropout mask: before the first group that has dropout, before the tail's, all. Counted here,
+        # because Python 3.11 counts under a lock, which torch.compile cannot trace.
+        self.mask_columns = plan.window_offsets[plan.entry_groups], plan.window_offsets[-1], plan.mask_channels
+        appended = len(plan.groups) * plan.group_width
+        self.reduce_weight = _parameter(plan.reduce_weight_shape, where)
+        self.reduce_norm = nn.BatchNorm2d(appended, eps, momentum, **where) if plan.bottleneck else None
+        self.transform_weight = _parameter(plan.transform_weight_shape, where)
+        self.norm = nn.BatchNorm2d(plan.normalized_channels, eps, momentum, **where)
+        self.tail_weight = _parameter(plan.tail_weight_shape, where)
+        self.reset_parameters()
+
+    @property
+    def eps(self) -> float:
+        """That of the BNs, as they have it now. Raises ValueError where the two differ."""
+        norm, reduce_norm = self.norm, self.reduce_norm
+        if isinstance(norm, Affine):
+            return 0.0
+        if isinstance(reduce_norm, nn.BatchNorm2d | nn.SyncBatchNorm) and reduce_norm.eps != norm.eps:
+            raise ValueError(f"norm.eps ({norm.eps}) and reduce_norm.eps ({reduce_norm.eps}) must be equal")
+        return norm.eps
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published initialisation: uniform, from each group's fan-out; zeros in layers B (identity blocks)."""
+        k = self.plan.group_width
+        if self.reduce_weight is not None:
+            fan_out_uniform_(self.reduce_weight, k)
+        assert self.transform_weight is not None
+        fan_out_uniform_(self.transform_weight, k * 9)
+        for group, weight in zip(self.plan.groups, transform_weights(self.transform_weight, self.plan), strict=True):
+            if group.residual_start is not None:
+                weight.zero_()
+        if self.tail_weight is not None:
+            fan_out_uniform_(self.tail_weight, self.tail_weight.shape[0] * self.tail_weight[0, 0].numel())
+        for norm in (self.norm, self.reduce_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def parameters_and_statistics(self) -> tuple[StageParameters, Statistics | None]:
+        """What `functional.stage` takes; the running statistics are left out where the batch's are to be used."""
+        norm, reduce_norm = self.norm, self.reduce_norm
+        if isinstance(norm, Affine) != isinstance(reduce_norm, Affine) and reduce_norm is not None:
+            raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
+        if reduce_norm is not None and takes_batch_statistics(reduce_norm) != takes_batch_statistics(norm):
+            raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
+        assert self.transform_weight is not None
+        parameters = StageParameters(
+            self.reduce_weight,
+            None if reduce_norm is None else reduce_norm.weight,
+            None if reduce_norm is None else reduce_norm.bias,
+            self.transform_weight,
+            norm.weight,
+            norm.bias,
+            self.tail_weight,
+        )
+        if isinstance(norm, Affine):
+            return parameters, FOLDED
+        if takes_batch_statistics(norm):
+            return parameters, None
+        assert reduce_norm is None or not isinstance(reduce_norm, Affine)
+        if reduce_norm is None:
+            return parameters, Statistics(norm.running_mean, norm.running_var, None, None)
+        return parameters, Statistics(
+            norm.running_mean, norm.running_var, reduce_norm.running_mean, reduce_norm.running_var
+        )
+
+    def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
+        """`functional.stage` with this module's parameters; updates the running statistics in training."""
+        parameters, statistics = self.parameters_and_statistics()
+        output = functional.stage(
+            x,
+            parameters,
+            self.plan,
+            statistics=statistics,
+            shortcut=shortcut,
+            mask=self.draw_mask(x),
+            eps=self.eps,
+            keep_buffer=keep_buffer,
+            recompute=self.recompute,
+            process_group=self.ranks(),
+        )
+        if output.statistics is not None and x.shape[0] > 0:
+            own = x.shape[0] * x.shape[2] * x.shape[3]
+            count = own if output.counts is None else output.counts.sum()
+            taken = output.statistics
+            update_running(self.norm, taken.mean, taken.var, count)
+            update_running(self.reduce_norm, taken.reduce_mean, taken.reduce_var, count)
+        return output
+
+    def ranks(self) -> str:
+        """The name of the process group that batch statistics are taken over; empty for this process alone."""
+        if not self.norm.training or not hasattr(self.norm, "process_group"):  # any SyncBatchNorm has one
+            return ""
+        group: Any = self.norm.process_group
+        return group_name(group)
+
+    def draw_mask(self, x: Tensor) -> Tensor | None:
+        """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
+
+        The network's first layer and a downsizing conv see everything (published code).
+        """
+        if not self.training or self.dropout == 0:
+            return None
+        entry, tail, columns = self.mask_columns
+        mask = x.new_empty((x.shape[0], columns)).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+        mask[:, :entry] = 1
+        if self.plan.tail is not None and self.plan.tail.kernel_size > 1:
+            mask[:, tail:] = 1
+        return mask
+
+    def extra_repr(self) -> str:
+        text = str(self.plan).splitlines()[0]
+        return text if not self.dropout else f"{text}, dropout={self.dropout}"
+
+
+class SeqConv2d(PackedSeqConv):
+    """A sequentially aggregated convolution: out_channels in groups of group_width, each seeing the ones before it.
+
+    [N, in_channels, H, W] → [N, out_channels, H, W], on an activated input; every group ends in BN-ReLU. Paper,
+    sections 3.1 (SeqConv, windowed=False), 3.2 (WSeqConv) and 3.3 (bottleneck=True; subgroups as in SeqResNeXt).
+    `dropout` drops whole channels of what each group sees. Raises ValueError where the widths do not divide.
+
+    Args:
+        in_channels: C, any number.
+        out_channels: a multiple of group_width.
+        group_width: k, channels per group.
+        bottleneck: a 1×1 conv to k channels before each 3×3 conv.
+        windowed: a group sees the last C channels only; otherwise everything before it.
+        subgroups: groups of the 3×3 conv inside a bottleneck group; divides group_width.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        group_width: int,
+        *,
+        bottleneck: bool = False,
+        windowed: bool = True,
+        subgroups: int = 1,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        plan = Plan.layer(
+            in_channels, out_channels, group_width, bottleneck=bottleneck, windowed=windowed, subgroups=subgroups
+        )
+        super().__init__(plan, dropout=dropout, eps=eps, momentum=momentum, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activated output [N, out_channels, H, W] of an activated x."""
+        return self.run(x).out
+
+    def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(raw, activated): the output before and after the last BN-ReLU; `shortcut` is added group by group to raw."""
+        output = self.run(x, shortcut, keep_buffer=True)
+        assert output.buffer is not None
+        return output.buffer[:, self.plan.in_channels :], output.out
+
+
+class Stage(PackedSeqConv):
+    """Residual blocks, extension and tail conv as one op: raw features in, raw features out (`Plan.stage`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The raw output of the tail; its BN belongs to what comes next. Without a tail: the activated features."""
+        return self.run(x).out
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
+        output = self.run(x, keep_buffer=True)
+        assert output.buffer is not None
+        start, stop = self.feature_channels
+        norm = self.norm
+        raw = output.buffer[:, start:stop]
+        offset = self.plan.total_channels - self.plan.normalized_channels
+        own = slice(start - offset, stop - offset)
+        if isinstance(norm, Affine):
+            return output.out, norm.forward(raw, own).relu_()
+        if output.counts is not None:
+            shared = batch_norm(raw, norm.weight[own], norm.bias[own], self.eps, self.ranks())
+            return output.out, shared[0].relu_()
+        if takes_batch_statistics(norm):
+            mean = var = None  # taken again: their gradient then comes for free
+        else:
+            assert norm.running_mean is not None and norm.running_var is not None
+            mean, var = norm.running_mean[own], norm.running_var[own]
+        weight, bias = norm.weight[own], norm.bias[own]
+        features = nn.functional.batch_norm(raw, mean, var, weight, bias, mean is None, 0.0, self.eps)
+        return output.out, features.relu_()
+
+    @property
+    def feature_channels(self) -> tuple[int, int]:
+        """Buffer channels [start, stop) of the last residual block's (or the entry layer's) output."""
+        end = stop = self.plan.in_channels
+        width = self.plan.in_channels
+        for layer in self.plan.layers:
+            end += layer.out_channels
+            if layer.residual or layer.entry:
+                stop, width = end, layer.out_channels
+        return stop - width, stop
+
+
+def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:
+    return None if shape is None else nn.Parameter(torch.empty(shape, **where))
+
+
+def takes_batch_statistics(norm: nn.Module) -> bool:
+    """In training, and always where no running statistics are tracked; as BatchNorm does."""
+    return not isinstance(norm, Affine) and (norm.training or norm.running_mean is None)
+
+
+def fan_out_uniform_(weight: Tensor, fan_out: int) -> Tensor:
+    """Fill with uniform(−b, b), b = √3·√2 / √fan_out (published initialisation; standard deviation √(2 / fan_out))."""
+    bound = math.sqrt(6 / fan_out)
+    return weight.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | None, count: int | Tensor) -> None:
+    """Move the running statistics as BatchNorm does: unbiased variance; momentum None is a cumulative average."""
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or mean is None or var is None:
+        return
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked += 1
+    weight = 1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), weight)

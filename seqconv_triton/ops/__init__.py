@@ -1,0 +1,1 @@
+"""A stage as one function: checks, autocast, the registered ops behind it."""

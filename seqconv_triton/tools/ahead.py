@@ -1,0 +1,256 @@
+"""Ahead-of-time compilation of every kernel that a model launches, for a GPU that need not be there.
+
+The model runs on meta tensors, each launch is noted instead of made, and the distinct ones are compiled as Triton's own
+cache would find them. What the compiler made of them is read from the machine code.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seqconv_triton.backend.contract import StageGradients, Statistics, WantedGradients
+from seqconv_triton.backend.packing import empty_channels_last
+from seqconv_triton.backend.triton import forward as backend
+from seqconv_triton.kernels import launch
+from seqconv_triton.kernels.configs import Table, assume, use_tables
+from seqconv_triton.kernels.tuning_candidates import shared_memory
+from seqconv_triton.nn.layers import PackedSeqConv
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may have, bytes.
+SHARED_LIMIT = {architecture: shared_memory(architecture) for architecture in TARGETS}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What distinguishes one compilation from another."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).removesuffix("_kernel")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch; `instruction` is the matrix instruction found in the machine code.
+
+    `load_bits` is the widest load from global memory, `narrow_loads` the number of instructions that load 16 bits.
+    """
+
+    launch: Launch
+    registers: int
+    spills: int
+    shared: int
+    instruction: str
+    load_bits: int
+    narrow_loads: int
+    occupancy: float
+
+
+def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+    """A launch as Triton specialises it: multiples of 16 are known as such, and a 1 is a constant."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    signature, fixed, divisible = [], dict(constants), []
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, Tensor):
+            kind = POINTERS[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, float):
+            kind, aligned = "fp32", False
+        elif value == 1 and name not in unspecialised:
+            kind, aligned = "constexpr", False
+            fixed[name] = 1
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and name not in unspecialised
+        signature.append((name, kind))
+        if aligned:
+            divisible.append(position)
+    signature += [(name, "constexpr") for name in constants]
+    return Launch(
+        kernel, tuple(signature), tuple(sorted(fixed.items())), tuple(divisible),
+        options.get("num_warps", 4), options.get("num_stages", 3),
+    )  # fmt: skip
+
+
+def launches(
+    model: nn.Module,
+    image_size: int,
+    batch: int,
+    dtype: torch.dtype,
+    architecture: str,
+    in_chans: int = 3,
+    tables: tuple[Table, ...] = (),
+) -> list[Launch]:
+    """The distinct launches of a training step and an evaluation of `model`, which is on the meta device.
+
+    Configured by the heuristic, but for what is in `tables` (`tuning_tables.shipped` reads one).
+    """
+    found: dict[Launch, None] = {}
+
+    def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        found[describe(kernel, arguments, dict(constants))] = None
+
+    images = (batch, in_chans, image_size, image_size)
+    with launch.listen(note), assume(architecture), use_tables(*tables), torch.no_grad():
+        for stage, size in stage_inputs(model, images):
+            x = torch.empty(size, device="meta", dtype=dtype)
+            for training in (True, False):
+                for run_pass in stage_passes(stage, x, training):
+                    run_pass()
+    return list(found)
+
+
+def stage_inputs(model: nn.Module, images: tuple[int, ...]) -> list[tuple[PackedSeqConv, torch.Size]]:
+    """Every layer or stage of `model`, which is on the meta device, and the size of its input for such images."""
+    found: list[tuple[PackedSeqConv, torch.Size]] = []
+
+    def note(stage: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+        assert isinstance(stage, PackedSeqConv)
+        found.append((stage, inputs[0].shape))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, PackedSeqConv)]
+    try:
+        with torch.no_grad():
+            model.train()(torch.empty(images, device="meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callable[[], None]]:
+    """Forward, and in training backward, of one stage on meta tensors, straight through the backend."""
+    plan = stage.plan
+    parameters, _ = stage.train().parameters_and_statistics()
+    parameters = type(parameters)(
+        *(
+            p.detach().to(torch.float32 if "norm" in name else x.dtype) if p is not None else None
+            for name, p in zip(parameters._fields, parameters, strict=True)
+        )  # type: ignore[arg-type]
+    )
+    images, _, height, width = x.shape
+    groups, k = len(plan.groups), plan.group_width
+    out = empty_channels_last(x, plan.out_channels, plan.out_size(height), plan.out_size(width))
+    buffer = empty_channels_last(x, plan.total_channels, height, width) if training else None
+    z = x.new_empty((groups, images, height, width, k)) if training and plan.bottleneck else None
+    vector = x.new_empty(plan.normalized_channels, dtype=torch.float32)
+    inner = x.new_empty(groups * k, dtype=torch.float32) if plan.bottleneck else None
+    statistics = Statistics(vector, torch.empty_like(vector), inner, None if inner is None else torch.empty_like(inner))
+
+    def forward() -> None:
+        backend.stage_forward(x, None, parameters, statistics, training, None, plan, stage.eps, out, buffer, z)
+
+    if buffer is None:
+        return [forward]
+    wanted = WantedGradients(*(None if p is None else torch.empty_like(p) for p in parameters))  # type: ignore[arg-type]
+    gradients = StageGradients(empty_channels_last(x, plan.in_channels, height, width), None, wanted)
+
+    def backward() -> None:
+        backend.stage_backward(
+            torch.empty_like(out), None, buffer, z, parameters, statistics, True, None, plan, stage.eps, gradients
+        )  # fmt: skip
+
+    return [forward, backward]
+
+
+def build(item: Launch, target: GPUTarget) -> Any:
+    """Compile for a target; the result also lands in Triton's cache."""
+    source = ASTSource(
+        item.kernel,
+        dict(item.signature),
+        dict(item.constants),
+        {(position,): [["tt.divisibility", 16]] for position in item.divisible},
+    )
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def machine_code(compiled: Any) -> tuple[int, int, str]:
+    """Registers, spills and text of what was compiled."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spills = (_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
+        return registers, spills, text
+    return _disassemble(compiled.asm["cubin"])
+
+
+def compile_launch(item: Launch, architecture: str) -> Compiled:
+    """Compile for a named architecture and read what came out."""
+    compiled = build(item, TARGETS[architecture])
+    shared = compiled.metadata.shared
+    registers, spills, text = machine_code(compiled)
+    loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
+    loads += [int(n) for n in re.findall(r"LDG(?:STS)?\.E\.(?:[A-Z]+\.)*(64|128)", text)]
+    narrow = len(re.findall(r"(?:buffer|global)_load_(?:u?short|[us]16)|LDG\.E\.(?:[A-Z]+\.)*[US]16", text))
+    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "-")
+    return Compiled(
+        item, registers, spills, shared, instruction, max(loads, default=32), narrow,
+        occupancy(architecture, registers, shared, item.num_warps),
+    )  # fmt: skip
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match.group(1)) if match else 0
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, spilled bytes (stack or local memory) and machine code of a cubin."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+    text = usage.stdout + usage.stderr
+    spills = _number(r"LOCAL:(\d+)", text) + len(re.findall(r"\b(?:STL|LDL)\b", code.stdout))
+    return _number(r"REG:(\d+)", text), spills, code.stdout
+
+
+def occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:
+    """Predicted share of a multiprocessor's warp slots, from registers and shared memory."""
+    if architecture == "gfx942":  # 512 vector registers a lane, 8 waves a SIMD of four, 64 KiB of shared memory
+        waves = min(8, 512 // max(1, -(-registers // 8) * 8))
+        programs = min(waves * 4 // warps, 64 * 1024 // max(1, shared))
+        return programs * warps / 32
+    per_warp = -(-registers * 32 // 256) * 256
+    programs = min(65536 // max(1, per_warp * warps), (SHARED_LIMIT[architecture] + 1024) // (shared + 1024), 32)
+    return min(1.0, programs * warps / 64)
+
+
+def compile_all(items: list[Launch], architecture: str) -> Iterator[Compiled]:
+    for item in items:
+        yield compile_launch(item, architecture)
