@@ -179,9 +179,9 @@ def test_evaluation_without_gradients_equals_reference(case: str) -> None:
     shortcut = torch.randn(images, out, height, width, dtype=torch.float64)
     for added in (None, shortcut):
         with torch.no_grad():
-            got = sct.functional.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+            got = sct.ops.stage.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
             with sct.use_backend("reference"):
-                expected = sct.functional.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+                expected = sct.ops.stage.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
         assert error(got, expected) < TOLERANCE
 
 

@@ -25,7 +25,7 @@ STAGES = {
 
 def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = True) -> tuple[object, ...]:
     plan, dropout = STAGES[case]
-    stage = randomise(sct.layers.PackedSeqConv(plan, dropout=dropout)).train(training)
+    stage = randomise(sct.nn.layers.PackedSeqConv(plan, dropout=dropout)).train(training)
     stage = stage.double() if dtype == torch.float64 else stage
     for name in ("reduce_weight", "transform_weight", "tail_weight"):
         if getattr(stage, name) is not None:
