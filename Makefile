@@ -20,7 +20,7 @@ help: ## List the targets
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
 demo: $(READY) ## Train a small network on handwritten digits, with pictures in out/
-	$(VENV) -m seqconv_triton demo $(ARGS)
+	$(VENV) -m recipes.demo $(ARGS)
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
 test: $(READY) ## Run the tests

@@ -1,1 +1,1 @@
-"""Recipes beside the library: training, the ablation, figures, the demo. Run from a checkout: `python -m recipes`."""
+"""Recipes beside the library: training, evaluation, figures, the ablation, the demo. `python -m recipes` lists them."""

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import seqconv_triton as sct
@@ -26,24 +27,36 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; errors that name a wrong input become one line on stderr and exit status 2."""
+    """Run one command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="seqconv-triton", description=sct.__doc__)
-    try:
+
+    def command() -> int:
         add_commands(parser, argv)
         arguments = parser.parse_args(argv)
         status: int = arguments.run(arguments)
         return status
+
+    return exit_status(parser.prog, command, debug="--debug" in argv)
+
+
+def exit_status(program: str, command: Callable[[], int], *, debug: bool) -> int:
+    """What `command` returns. An error about a wrong input becomes one line on standard error and 2, Ctrl-C 130.
+
+    With `debug` such errors are raised.
+    """
+    try:
+        return command()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if "--debug" in argv:
+        if debug:
             raise
         if isinstance(error, BrokenPipeError):  # `… | head` closed the pipe: nothing is wrong
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -1,8 +1,10 @@
-"""What the training tests share: a tiny run on the digits, and what two runs must have in common."""
+"""What the recipes' tests share: their commands, a tiny run on the digits, and what two runs must have in common."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,18 @@ TINY = [
     *("train", "--model", "cifar_custom", "--model-options", "group_width=4", "widen=1"),
     *("--train-images", "100", "--batch-size", "20", "--epochs", "2", "--device", "cpu"),
 ]
+
+
+def recipe_module(name: str) -> ModuleType:
+    """The module that `python -m recipes.NAME` runs."""
+    return import_module(f"recipes.{name}{'.__main__' if name == 'ablation' else ''}")
+
+
+def run_recipe(words: list[str]) -> int:
+    """`python -m recipes.X …`, X the first word, in this process; its exit status."""
+    name, *argv = words
+    status: int = recipe_module(name).main(argv)
+    return status
 
 
 def tiny(output: Path, **settings: Any) -> Config:

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import run_recipe
 
 pytest.importorskip("sklearn", reason="the demo's extra")
 pytest.importorskip("tqdm", reason="the demo's extra")
 
-from recipes.ablation import command, data, runs
+from recipes.ablation import comparison, data, runs
 from recipes.ablation.report import as_json, markdown, rows
 from recipes.ablation.runs import Result
 from recipes.ablation.settings import CONTESTANTS, SETTINGS, Setting, budget
 from recipes.figures.networks import load_network
 from recipes.training.baseline import count_parameters
-from seqconv_triton.cli import main
 
 SEQRESNETS = [key for key, one in CONTESTANTS.items() if one.options is not None]
 BASELINES = [key for key, one in CONTESTANTS.items() if one.options is None]
@@ -117,7 +117,7 @@ def test_committed_table_is_that_of_its_runs() -> None:
 
 
 def compare(output: Path, **options: Any) -> str:
-    return command.compare(QUICK, output, **({"seeds": 2, "networks": TWO, "device": "cpu"} | options))
+    return comparison.compare(QUICK, output, **({"seeds": 2, "networks": TWO, "device": "cpu"} | options))
 
 
 def test_interrupted_comparison_goes_on_where_it_was(
@@ -134,7 +134,7 @@ def test_interrupted_comparison_goes_on_where_it_was(
         trained.append((contestant.key, seed))
         return real(contestant, seed, *rest)
 
-    monkeypatch.setattr(command, "run", stopping)
+    monkeypatch.setattr(comparison, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare(tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "table.md").exists()
@@ -201,7 +201,7 @@ def test_errors_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert main(["ablation", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert run_recipe(["ablation", *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message.format(tmp=tmp_path) in error[-1] and not any("Traceback" in line for line in error)
     assert len(error) == 1 or "reads" in message, "a progress bar for what cannot run"
@@ -216,7 +216,7 @@ def test_diverged_training_is_an_error_that_names_the_run(tmp_path: Path, monkey
 
 
 def runs_recipe(setting: Setting) -> Any:
-    from recipes.training.loop import Recipe
+    from recipes.training.recipe import Recipe
 
     return Recipe(setting.epochs, setting.batch_size, learning_rate=1e30)
 

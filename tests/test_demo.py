@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import run_recipe
 
 pytest.importorskip("sklearn", reason="the demo's extra")
 pytest.importorskip("matplotlib", reason="the demo's extra")
 
-from recipes.training import checkpoint, demo, digits
-from seqconv_triton.cli import main
+from recipes import demo
+from recipes.training import checkpoint, digits
 
 
 def test_short_demo_writes_everything_and_repeats_itself(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_short_demo_writes_everything_and_repeats_itself(tmp_path: Path) -> None
 
 def test_digits_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At least 98 % on the held-out test set, from the default seed."""
-    assert main(["demo", "--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert run_recipe(["demo", "--output", str(tmp_path), "--device", "cpu"]) == 0
     networks = json.loads((tmp_path / "results.json").read_text())["networks"]
     assert networks[0]["test_accuracy"] >= 0.98
     assert "pre-activation ResNet" in capsys.readouterr().out

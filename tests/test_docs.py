@@ -16,9 +16,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from runs import recipe_module, run_recipe, tiny
 
 import seqconv_triton as sct
-from recipes.training import checkpoint, demo
+from recipes import demo
+from recipes.commands import COMMANDS as RECIPES
+from recipes.training import checkpoint, train
 from recipes.training.log import Log, Row
 from seqconv_triton import cli
 
@@ -28,7 +31,7 @@ PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 PICTURES = sorted(path.stem for path in DOCS.glob("draw_*.py"))
 EXAMPLES = {
     "compile_and_infer": "folded: largest difference",
-    "export_onnx": "",  # its text depends on what is installed
+    "export_checkpoint": "BN folded: largest difference",
     "feature_maps": "Grad-CAM: (2, 8, 8)",
     "seqconv_in_your_model": "94,762 parameters",
     "train_digits": "epoch 3: ",
@@ -53,14 +56,15 @@ def name_of(page: Path) -> str:
 
 
 PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
+# (page, [module, arguments …]) of every `-m seqconv_triton …` and `-m recipes.X …`
 COMMANDS = [
-    (name_of(page), arguments)
+    (name_of(page), words[words.index("-m") + 1 :])
     for page in PAGES
     for _, text in blocks(page, "", "bash", "sh", "shell", "console")
     for line in text.replace("\\\n", " ").splitlines()
-    for words in [shlex.split(line.removeprefix("$ "), comments=True) if "seqconv_triton" in line else []]
-    for arguments in [words[words.index("-m") + 2 :] if "-m" in words else []]
-    if arguments and words[words.index("-m") + 1] == "seqconv_triton" and "…" not in words
+    if re.search(r"-m (seqconv_triton|recipes\.)", line)
+    for words in [shlex.split(line.removeprefix("$ "), comments=True)]
+    if "…" not in words
 ]
 
 
@@ -103,16 +107,27 @@ def test_blocks_are_found() -> None:
 def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the point where the command would do its work."""
     end = next((i for i, word in enumerate(words) if word in {">", "|", "&&", ";"}), len(words))
-    command = next((word for word in words if word in cli.COMMANDS), None)
-    assert command is not None, f"{page}: {words}"
-    module = importlib.import_module(cli.COMMANDS[command].module)
+    name = command_name(words)
+    assert name in RECIPES or name in cli.COMMANDS, f"{page}: {words}"
+    module = recipe_module(name) if name in RECIPES else importlib.import_module(cli.COMMANDS[name].module)
     called: list[str] = []
-    monkeypatch.setattr(module, "run_from_arguments", lambda arguments: called.append(command) or 0)
-    assert cli.main(words[:end]) == 0
-    assert called == [command]
+    monkeypatch.setattr(module, "run_from_arguments", lambda arguments: called.append(name) or 0)
+    assert run(words[:end]) == 0
+    assert called == [name]
 
 
-RUN = [(page, words) for page, words in COMMANDS if words[0] in {"heatmap", "history"} or "--dry-run" in words]
+def command_name(words: list[str]) -> str:
+    return words[1] if words[0] == "seqconv_triton" else words[0].removeprefix("recipes.")
+
+
+def run(words: list[str]) -> int:
+    """`python -m WORDS`, in this process."""
+    return cli.main(words[1:]) if words[0] == "seqconv_triton" else run_recipe([command_name(words), *words[1:]])
+
+
+RUN = [
+    (page, words) for page, words in COMMANDS if command_name(words) in {"heatmap", "history"} or "--dry-run" in words
+]
 
 
 @pytest.mark.parametrize(("page", "words"), RUN, ids=[" ".join(words) for _, words in RUN])
@@ -120,21 +135,21 @@ def test_command_runs(
     page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those that take a second, as they stand in the page, where `demo` and two runs have left their files."""
-    pytest.importorskip("triton" if words[0] == "tune" else "matplotlib", reason="an optional package")
+    pytest.importorskip("triton" if command_name(words) == "tune" else "matplotlib", reason="an optional package")
     monkeypatch.chdir(tmp_path)
     weights = demo.networks(10)["SeqResNet"]().state_dict()
     checkpoint.save({"model": weights, "epochs": 1, "seed": 0}, Path("out/demo/seqresnet.pt"))
     for name in ("run-a", "run-b"):
         row = Row(1, 0.1, 2.0, 70.0, 1.5, 60.0, 1000.0, 1.0)
         Log(Path("out", name), [asdict(row), asdict(row) | {"epoch": 2}], tensorboard=False).write()
-    assert cli.main(words) == 0, page
+    assert run(words) == 0, page
     out, err = capsys.readouterr()
     assert out and not err
-    assert len(list(tmp_path.rglob("*.png"))) == (words[0] != "tune")
+    assert len(list(tmp_path.rglob("*.png"))) == (command_name(words) != "tune")
 
 
 def test_commands_that_run_are_found() -> None:
-    assert {words[0] for _, words in RUN} == {"heatmap", "history", "tune"}
+    assert {command_name(words) for _, words in RUN} == {"heatmap", "history", "tune"}
 
 
 OUTPUTS = [
@@ -165,8 +180,12 @@ def test_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    if name == "train_digits":
+    if name in ("train_digits", "export_checkpoint"):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed here")
+    if name == "export_checkpoint":
+        pytest.importorskip("onnxscript", reason="the onnx extra")
+        train(tiny(tmp_path, epochs=1, train_images=20))
+        sys.argv.append("best.pt")
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert out and EXAMPLES[name] in out

@@ -12,13 +12,13 @@ import oracle
 import pytest
 import torch
 from helpers import randomise
+from runs import run_recipe
 from torch import Tensor
 
 import seqconv_triton as sct
 from recipes.figures.connections import Connections, group_strengths, layer_connections, stage_connections
 from recipes.figures.networks import layers
 from recipes.training.baseline import PreactivationResNet
-from seqconv_triton.cli import main
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.plan import Plan, Tail
 
@@ -143,7 +143,7 @@ def test_untrained_layer_is_all_zeros() -> None:
 
 def test_picture_is_white_outside_the_window() -> None:
     pytest.importorskip("matplotlib", reason="the plot extra")
-    from recipes.figures.heatmap import draw, layer_panels
+    from recipes.heatmap import draw, layer_panels
 
     figure = draw([("one", layer_panels(randomise(CifarSeqResNet(4, 1))))])
     shown = [axes for axes in figure.axes if axes.images]
@@ -166,7 +166,7 @@ def small() -> dict[str, Tensor]:
 
 
 def demo_state(name: str) -> dict[str, object]:
-    from recipes.training.demo import networks
+    from recipes.demo import networks
 
     return {"model": networks(10)[name]().state_dict(), "epochs": 1, "seed": 0}
 
@@ -214,7 +214,7 @@ def test_every_kind_of_checkpoint(kind: str, tmp_path: Path, capsys: pytest.Capt
     build, options = KINDS[kind]
     torch.save(build(), tmp_path / "net.pt")
     picture = tmp_path / "new" / "map.png"
-    assert main(["heatmap", str(tmp_path / "net.pt"), *options, "--output", str(picture)]) == 0
+    assert run_recipe(["heatmap", str(tmp_path / "net.pt"), *options, "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in picture.parent.iterdir()] == ["map.png"]
     assert "3 heat maps" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_what_is_drawn(options: list[str], count: int, tmp_path: Path, capsys: p
     torch.save(trained(), tmp_path / "net.pt")
     options = [option.format(net=tmp_path / "net.pt") for option in options]
     for name in ("a.svg", "b.svg"):
-        assert main(["heatmap", str(tmp_path / "net.pt"), *options, "--output", str(tmp_path / name)]) == 0
+        assert run_recipe(["heatmap", str(tmp_path / "net.pt"), *options, "--output", str(tmp_path / name)]) == 0
         assert f"{count} heat maps" in capsys.readouterr().out
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
@@ -314,7 +314,7 @@ def test_errors_are_one_line_and_write_nothing(
     Path("folder.png").mkdir()
     before = sorted(tmp_path.iterdir())
     output = [] if "--output" in options else ["--output", "map.png"]
-    assert main(["heatmap", "net.pt", *options, *output]) == 2
+    assert run_recipe(["heatmap", "net.pt", *options, *output]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before

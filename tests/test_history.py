@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+from runs import run_recipe
 
-from recipes.figures.history import read_log, run_names
-from seqconv_triton.cli import main
+from recipes.history import read_log, run_names
 
 HEADER = "epoch,learning_rate,train_loss,train_error,val_loss,val_error,images_per_second,seconds\n"
 
@@ -64,7 +64,7 @@ def test_names_are_told_apart() -> None:
 def test_picture(tmp_path: Path) -> None:
     """Solid validation and dashed training lines, a colour a run, in the legend too."""
     pytest.importorskip("matplotlib", reason="the plot extra")
-    from recipes.figures.history import COLOURS, draw
+    from recipes.history import COLOURS, draw
 
     for name, scale in (("a", 1), ("b", 2)):
         write(tmp_path / name / "log.csv", HEADER + row(1, 8 * scale, 9 * scale) + row(2, 0, 3 * scale))
@@ -88,7 +88,7 @@ def test_command_draws_and_notes_what_it_ignored(tmp_path: Path, capsys: pytest.
     write(tmp_path / "a" / "log.csv", HEADER + row(1, 50, 40) + "2,0.1")
     write(tmp_path / "b" / "log.csv", HEADER + row(1, 50, 40))
     picture = tmp_path / "curves.png"
-    assert main(["history", str(tmp_path / "a"), str(tmp_path / "b"), "--log", "--output", str(picture)]) == 0
+    assert run_recipe(["history", str(tmp_path / "a"), str(tmp_path / "b"), "--log", "--output", str(picture)]) == 0
     printed = capsys.readouterr()
     assert "1 incomplete line(s) ignored: 3" in printed.err and "2 runs" in printed.out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -117,12 +117,12 @@ def test_errors_are_one_line_and_write_nothing(
     if content is not None:
         write(Path("log.csv"), content)
     before = sorted(tmp_path.iterdir())
-    assert main(["history", "log.csv", *options]) == 2
+    assert run_recipe(["history", "log.csv", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_folder_without_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["history", str(tmp_path)]) == 2
+    assert run_recipe(["history", str(tmp_path)]) == 2
     assert "has no log.csv" in capsys.readouterr().err

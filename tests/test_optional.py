@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import run_recipe
 
+from recipes.commands import COMMANDS
 from seqconv_triton.cli import main
 from seqconv_triton.optional import require
 
@@ -32,12 +34,13 @@ def test_the_extra_is_named(
             pytest.importorskip(other, reason="an optional package")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    assert main(arguments) == 2
+    run = run_recipe if arguments[0] in COMMANDS else main
+    assert run(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
     assert not list(tmp_path.iterdir())
     with pytest.raises(ImportError):
-        main([*arguments, "--debug"])
+        run([*arguments, "--debug"])
 
 
 def test_what_is_there_is_not_missed() -> None:

@@ -112,7 +112,7 @@ import seqconv_triton
 seconds = time.perf_counter() - start
 new = set(sys.modules) - before
 print(seconds, torch.cuda.is_initialized(), *sorted(m for m in new if m.split(".")[0] in
-      {"triton", "matplotlib", "sklearn", "tqdm", "scipy", "timm", "torchvision"} or "training" in m))
+      {"triton", "matplotlib", "sklearn", "tqdm", "scipy", "timm", "torchvision", "recipes", "bench"}))
 """
 
 

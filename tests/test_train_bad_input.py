@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, tiny
+from runs import TINY, run_recipe, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
 from recipes.training import checkpoint, data, train
 from recipes.training.data import Batch, DigitsSource
 from recipes.training.loop import Trainer
-from seqconv_triton.cli import COMMANDS, Command, main
 
 
 def has_torchvision() -> bool:
@@ -129,9 +128,7 @@ ROWS = {
     "checkpoint-no-preprocess": (["predict", "{0}/no-preprocess.pt", "{0}/good.png"], 2, "no whole checkpoint.*mean"),
     "checkpoint-no-options": (["evaluate", "{0}/no-options.pt"], 2, "no-options.pt is no whole checkpoint.*options"),
     "checkpoint-no-weights": (["evaluate", "{0}/no-weights.pt"], 2, "no-weights.pt is no whole checkpoint"),
-    "export-over-a-folder": (["export", BEST, "{0}", "--to=state"], 2, "is a folder"),
     "checkpoint-of-the-ablation": (["predict", "{0}/ablation.pt", "{0}/good.png"], 2, "`ablation` are for `heatmap`"),
-    "export-into-a-file": (["export", BEST, "{0}/a-file/model.pt", "--to=state"], 2, "a-file"),
 }  # fmt: skip
 
 
@@ -143,7 +140,7 @@ def test_bad_input(
     if filled[0] == "train":
         filled += ["--quiet"] + ([] if any(a.startswith("--output") for a in filled) else ["--output", str(tmp_path)])
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    assert main(filled) == status
+    assert run_recipe(filled) == status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error, error
     assert re.search(says, error), error
@@ -151,29 +148,20 @@ def test_bad_input(
     assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "written").exists()
 
 
-@pytest.mark.parametrize("options", [["--debug", "evaluate"], ["evaluate", "--debug"]], ids=["before", "behind"])
-def test_debug_shows_the_traceback(options: list[str]) -> None:
+def test_debug_shows_the_traceback() -> None:
     with pytest.raises(FileNotFoundError):
-        main([*options, "no.pt"])
-
-
-def test_command_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(COMMANDS, "demo", Command("", "seqconv_triton.none"))
-    assert main(["demo"]) == 2
-    assert capsys.readouterr().err == "seqconv-triton: No module named 'seqconv_triton.none'\n"
-    with pytest.raises(ImportError):
-        main(["demo", "--debug"])
+        run_recipe(["evaluate", "--debug", "no.pt"])
 
 
 @NO_TORCHVISION
 def test_missing_torchvision_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--data=cifar10", "--root", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
+    assert run_recipe(["train", "--data=cifar10", "--root", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
     assert "pip install seqconv-triton[train]" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
 def test_missing_tensorboard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--tensorboard", "--output", str(tmp_path), "--quiet"]) == 2
+    assert run_recipe([*TINY, "--tensorboard", "--output", str(tmp_path), "--quiet"]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
@@ -181,9 +169,10 @@ def test_unreadable_images_are_skipped_and_counted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [str(trained / name) for name in ("good.png", "text.png", "empty.png", "no.png", "cut.png")]
-    assert main(["predict", str(trained / "run" / "best.pt"), *images, "--sheet", str(tmp_path / "sheet.png")]) == 1
+    sheet = tmp_path / "sheet.png"
+    assert run_recipe(["predict", str(trained / "run" / "best.pt"), *images, "--sheet", str(sheet)]) == 1
     out, err = capsys.readouterr()
-    assert "good.png: " in out and (tmp_path / "sheet.png").exists()
+    assert "good.png: " in out and sheet.exists()
     assert [line.split(":")[0] for line in err.splitlines()] == ["skipped"] * 4 + ["4 of 5 images skipped"]
 
 
@@ -206,7 +195,7 @@ def test_training_names_all_that_it_skipped_at_its_end(
     """And is a success all the same; the epochs on the way name some of what is new."""
     monkeypatch.setattr(data, "DigitsSource", Damaged)
     command = [*TINY, "--train-images=20", f"--epochs={epochs}", "--output", str(tmp_path), "--quiet"]
-    assert main(command) == 0
+    assert run_recipe(command) == 0
     first, second = ["a.png (empty)", "v.png (empty)"], [f"{i}.png (cut)" for i in range(25)]
     expected = []
     if epochs > 1:
@@ -218,7 +207,7 @@ def test_training_names_all_that_it_skipped_at_its_end(
     names = first + (second if epochs > 1 else [])
     expected += [f"warning: {len(names)} images that do not decode were skipped:", *(f"  {line}" for line in names)]
     assert capsys.readouterr().err.splitlines() == expected
-    assert main(["evaluate", str(tmp_path / "last.pt"), "--device=cpu"]) == 1
+    assert run_recipe(["evaluate", str(tmp_path / "last.pt"), "--device=cpu"]) == 1
     assert capsys.readouterr().err == "warning: 1 image that does not decode was skipped:\n  v.png (empty)\n"
 
 
@@ -255,13 +244,13 @@ def test_full_disk_keeps_the_last_checkpoint(
         patch.setattr(checkpoint, "write", fail_write(name, {"log.csv": 3}.get(name, 2)))
         if name == "best.pt":
             patch.setattr("recipes.training.run.evaluate", improving())
-        assert main(arguments) == 2
+        assert run_recipe(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No space left on device" in error and "last.pt is kept" in error and name in error
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]
-    assert main(arguments) == 0
+    assert run_recipe(arguments) == 0
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 2
 
 
@@ -283,7 +272,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
         return step(self, pieces, count) * (float("nan") if len(calls) == 8 else 1)
 
     monkeypatch.setattr(Trainer, "step", step_then_nan)
-    assert main([*TINY, "--output", str(tmp_path), "--quiet", "--checkpoint-steps=1"]) == 1
+    assert run_recipe([*TINY, "--output", str(tmp_path), "--quiet", "--checkpoint-steps=1"]) == 1
     assert "loss is nan in step 3 of epoch 2: training has diverged; " in capsys.readouterr().err
     state = checkpoint.load(tmp_path / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 2)

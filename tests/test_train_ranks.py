@@ -17,24 +17,23 @@ from recipes.training import checkpoint, train
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-# float64, so that what is left is rounding and nothing else; the command has no option for it.
+# `-m recipes.train` in float64, so that what is left is rounding and nothing else; the command has no option for it.
 # Each process skips an image of its own and one that the other skips, too.
 COMMAND = """
-import os, sys, torch
+import os, runpy, torch
 torch.set_default_dtype(torch.float64)
-from seqconv_triton.cli import main
 from recipes.training.data import DigitsSource
 begin = DigitsSource.__init__
 def begin_skipping(self, *arguments):
     begin(self, *arguments)
     self.unreadable += ["both.png", os.environ["RANK"] + ".png"]
 DigitsSource.__init__ = begin_skipping
-sys.exit(main(sys.argv[1:]))
+runpy.run_module("recipes.train", run_name="__main__", alter_sys=True)
 """
 # 97 images in steps of 21: every step is uneven between the ranks, and the last one is smaller.
 SETTINGS = dict(train_images=97, batch_size=21, max_shift=0.0, sync_bn=True)
 FLAGS = [
-    *("train", "--model=cifar_custom", "--model-options", *(f"{k}={v}" for k, v in OPTIONS.items()), "dropout=0"),
+    *("--model=cifar_custom", "--model-options", *(f"{k}={v}" for k, v in OPTIONS.items()), "dropout=0"),
     *("--train-images=97", "--batch-size=21", "--max-shift=0", "--epochs=2", "--device=cpu", "--sync-bn"),
 ]
 

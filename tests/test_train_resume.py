@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, assert_same_run, tiny
+from runs import TINY, assert_same_run, run_recipe, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
 from recipes.training import Config, checkpoint, train
 from recipes.training.loop import Trainer
-from seqconv_triton.cli import main
 
 EXTRAS = dict(accumulate=2, ema=0.9, mixup=0.2, label_smoothing=0.1)  # all that has state or random numbers of its own
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in EXTRAS.items()]
@@ -39,7 +38,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_three_times(undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 at a random moment after the first step, often in the middle of writing a checkpoint."""
-    command = [sys.executable, "-m", "seqconv_triton", *TINY, "--epochs=4", *FLAGS, "--resume", "--checkpoint-steps=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.train",
+        *TINY[1:],
+        "--epochs=4",
+        *FLAGS,
+        "--resume",
+        "--checkpoint-steps=1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     last, kills = tmp_path / "last.pt", []
     for attempt in range(4):
@@ -92,12 +100,12 @@ def test_stopped_run_goes_on(
     monkeypatch.setattr(DigitsSource, "val_batches", batches_with_signal)
     arguments = [*TINY, "--epochs=4", *FLAGS, "--output", str(tmp_path), "--resume", "--quiet"]
     before = signal.getsignal(number)
-    assert main(arguments) == status
+    assert run_recipe(arguments) == status
     assert signal.getsignal(number) is before
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f"in epoch 2 after step {5 if in_evaluation else 2}; {tmp_path / 'last.pt'} is kept" in message
-    assert main(arguments) == 0
+    assert run_recipe(arguments) == 0
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -116,7 +124,7 @@ def test_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "step", impatient)
-    assert main([*TINY, "--output", str(tmp_path), "--quiet"]) == 130
+    assert run_recipe([*TINY, "--output", str(tmp_path), "--quiet"]) == 130
     assert not (tmp_path / "last.pt").exists()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import OPTIONS
+from runs import OPTIONS, run_recipe
 
 try:
     import torchvision
@@ -29,7 +29,6 @@ from recipes.training import Config, checkpoint, train
 from recipes.training.images import Preprocess
 from recipes.training.loop import Trainer
 from recipes.training.vision import Lighting, open_source, training_transform
-from seqconv_triton.cli import main
 
 MODEL = [
     *("--model=cifar_custom", "--model-options", *(f"{name}={value}" for name, value in OPTIONS.items())),
@@ -90,11 +89,11 @@ def test_cifar_archive_trains(cifar: tuple[str, Path], tmp_path: Path, capsys: p
     """From the archive alone: unpacked, checked, trained on, evaluated."""
     name, root = cifar
     run = tmp_path / "run"
-    assert main(["train", f"--data={name}", "--root", str(root), "--output", str(run), *MODEL]) == 0
+    assert run_recipe(["train", f"--data={name}", "--root", str(root), "--output", str(run), *MODEL]) == 0
     state = checkpoint.load(run / "last.pt")
     assert state["classes"] == [f"class {i}" for i in range(10 if name == "cifar10" else 100)]
     assert not list(root.glob(".cifar*"))
-    assert main(["evaluate", str(run / "last.pt"), "--root", str(root), "--device=cpu", "--workers=0"]) == 0
+    assert run_recipe(["evaluate", str(run / "last.pt"), "--root", str(root), "--device=cpu", "--workers=0"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("8 images") and f"error {state['log'][0]['val_error']:.2f} %" in said
 
@@ -106,21 +105,22 @@ def test_damaged_cifar_is_named(cifar: tuple[str, Path], tmp_path: Path, capsys:
     archive = root / "cifar-10-python.tar.gz"
     content = archive.read_bytes()
     archive.write_bytes(content[: len(content) // 2])
-    assert main(arguments) == 2
+    assert run_recipe(arguments) == 2
     assert "does not unpack" in capsys.readouterr().err
     assert [path.name for path in root.iterdir()] == [archive.name]
     archive.write_bytes(content)
-    assert main(arguments) == 0
+    assert run_recipe(arguments) == 0
     capsys.readouterr()
     (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"")
-    assert main([*arguments[:-1], "--resume"]) == 2
+    assert run_recipe([*arguments[:-1], "--resume"]) == 2
     error = capsys.readouterr().err
     assert "incomplete or damaged" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("data", ["cifar10", "imagefolder"])
 def test_absent_data_show_the_layout(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", f"--data={data}", "--root", str(tmp_path), "--output", str(tmp_path / "run"), *MODEL]) == 2
+    run = str(tmp_path / "run")
+    assert run_recipe(["train", f"--data={data}", "--root", str(tmp_path), "--output", run, *MODEL]) == 2
     error = capsys.readouterr().err
     expected = {"cifar10": "cifar-10-python.tar.gz", "imagefolder": f"{tmp_path}/train/CLASS/*.jpg"}[data]
     assert expected in error and error.count("\n") == 1
@@ -132,25 +132,25 @@ def test_image_folder_trains(tree: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tree / "val" / "cat" / "0.png").write_bytes((tree / "val" / "cat" / "0.png").read_bytes()[:200])
     run = tmp_path / "run"
     arguments = ["train", "--data=imagefolder", "--root", str(tree), "--image-size=32", "--output", str(run), *MODEL]
-    assert main(arguments) == 0
+    assert run_recipe(arguments) == 0
     error = capsys.readouterr().err
     assert (
         "bee/3.jpg" in error and "cat/0.png" in error and "warning: 2 images that do not decode were skipped" in error
     )
     state = checkpoint.load(run / "last.pt")
     assert state["classes"] == ["ant", "bee", "cat"] and state["preprocess"]["resize"] == 37
-    assert main(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu", "--workers=0"]) == 1
+    assert run_recipe(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu", "--workers=0"]) == 1
     shown = capsys.readouterr()
     assert shown.out.startswith("8 images") and "warning: 1 image that does not decode was skipped" in shown.err
-    assert main([*arguments[:-1], "--resume", "--strict"]) == 0  # finished: nothing is read
-    assert main([*arguments, "--strict", "--output", str(tmp_path / "strict")]) == 2
+    assert run_recipe([*arguments[:-1], "--resume", "--strict"]) == 0  # finished: nothing is read
+    assert run_recipe([*arguments, "--strict", "--output", str(tmp_path / "strict")]) == 2
     assert "an image does not decode" in capsys.readouterr().err
     for part in ("train", "val"):
         (tree / part / "cat").rename(tree / part / "dog")
-    assert main(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu"]) == 2
+    assert run_recipe(["evaluate", str(run / "best.pt"), "--root", str(tree), "--device=cpu"]) == 2
     assert "'cat' there, 'dog' here" in capsys.readouterr().err
     (tree / "val" / "dog").rename(tree / "val" / "eel")
-    assert main([*arguments, "--output", str(tmp_path / "other")]) == 2
+    assert run_recipe([*arguments, "--output", str(tmp_path / "other")]) == 2
     assert "have different classes: dog, eel" in capsys.readouterr().err
 
 

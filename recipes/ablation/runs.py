@@ -14,7 +14,7 @@ from recipes.ablation import data
 from recipes.ablation.settings import Contestant, Setting
 from recipes.training import checkpoint
 from recipes.training.baseline import count_parameters
-from recipes.training.demo import reproducible
+from recipes.training.determinism import reproducible
 from recipes.training.loop import History, fit
 
 

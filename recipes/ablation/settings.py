@@ -10,7 +10,7 @@ from torch import nn
 
 from recipes.ablation.baselines import densenet_of_size, wide_resnet_of_size
 from recipes.training.baseline import PreactivationResNet, count_parameters, matching_widths
-from recipes.training.loop import Recipe
+from recipes.training.recipe import Recipe
 from seqconv_triton.models.cifar import STEM_CHANNELS, CifarSeqResNet
 
 

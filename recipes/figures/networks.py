@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from recipes.training import architecture
+from recipes.training.recipe import PRESETS
 from seqconv_triton.interop.published import layer_names, load_published, read_file, unwrap
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.registry import create_model
@@ -87,11 +88,8 @@ def _from_arch(path: Path, arch: object, sizes: dict[str, int]) -> Backbone:
 
 
 def _demo_network(sizes: dict[str, int]) -> Backbone:
-    from recipes.training.demo import networks
-
-    ours = networks(sizes["num_classes"])["SeqResNet"]()
-    assert isinstance(ours, Backbone)
-    return ours
+    preset = PRESETS["digits"]
+    return architecture.build({"name": preset.model, "options": {**preset.model_options, **sizes}})
 
 
 def _filled(path: Path, network: Backbone, entries: dict[str, object], published: bool) -> Backbone:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.training.architecture import CUSTOM, parse_options
-from recipes.training.recipes import PRESETS, Recipe
+from recipes.training.recipe import PRESETS, Recipe
 
 RUN, RECIPE, SPEED, KEEPING = "what", "recipe (default: the paper's for the data set)", "speed", "keeping and showing"
 
@@ -21,7 +21,7 @@ def setting(default: Any, group: str, text: str, *, free: bool = False, **argume
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. None takes what the data set's recipe says (recipes.py).
+    """A training run. None takes what the data set's recipe says (recipe.py).
 
     `batch_size` counts the images of one optimiser step over all processes and all accumulated pieces. Rates are per
     step, epochs count from 1, errors are in per cent. Raises ValueError, naming the setting, for a wrong one.
@@ -30,7 +30,7 @@ class Config:
     data: str = setting("digits", RUN, "digits needs no files", choices=tuple(PRESETS))
     root: Path | None = setting(None, RUN, "folder of the data (not for digits)", free=True, type=Path)
     model: str | None = setting(
-        None, RUN, f"name (`info` lists them), or {CUSTOM}: CifarSeqResNet with --model-options"
+        None, RUN, f"name (sct.list_models()), or {CUSTOM}: CifarSeqResNet with --model-options"
     )
     model_options: Mapping[str, Any] | None = setting(
         None, RUN, "such as group_width=8 blocks=1,2,1 dropout=0", nargs="*"

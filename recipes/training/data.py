@@ -1,47 +1,18 @@
-"""What a data set gives a run: its classes, how its images are prepared, and batches by position."""
+"""The data sets of a run by name; the digits come with scikit-learn, the others are read from a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from recipes.training import cifar
+from recipes.training import cifar, imagefolder
 from recipes.training.config import Config
 from recipes.training.images import Preprocess
 from recipes.training.order import seed_for
+from recipes.training.source import Batch, Source
 from seqconv_triton.optional import require
-
-Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], normalised; labels [B], int64
-
-
-class Source(Protocol):
-    """A data set, split in training and validation images. `unreadable` names the images skipped so far."""
-
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    unreadable: list[str]
-
-    @property
-    def train_images(self) -> int: ...
-
-    @property
-    def val_images(self) -> int: ...
-
-    def train_batches(self, epoch: int, pieces: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """Augmented batches of the training images with these indices; an image depends on (epoch, index) alone."""
-        ...
-
-    def val_batches(self, pieces: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """Batches of the validation images with these indices, without those that do not decode."""
-        ...
-
-    def close(self) -> None:
-        """End the loading processes."""
-        ...
 
 
 class DigitsSource:
@@ -90,17 +61,9 @@ def open_source(config: Config, preprocess: Preprocess | None = None, *, pinned:
         return DigitsSource(config, preprocess)
     assert config.root is not None
     if not Path(config.root).is_dir():
-        raise FileNotFoundError(f"there is no folder {config.root} (root of {config.data}); {expected_layout(config)}")
+        imagefiles = config.data == "imagefolder"
+        layout = imagefolder.layout(config.root) if imagefiles else cifar.layout(config.data, config.root)
+        raise FileNotFoundError(f"there is no folder {config.root} (root of {config.data}); {layout}")
     from recipes.training import vision
 
     return vision.open_source(config, preprocess, pinned=pinned)
-
-
-def expected_layout(config: Config) -> str:
-    """The files a data set is read from, in words."""
-    assert config.root is not None
-    if config.data == "imagefolder":
-        return (
-            f"imagefolder reads {config.root}/train/CLASS/*.jpg and {config.root}/val/CLASS/*.jpg (.png and others too)"
-        )
-    return cifar.layout(config.data, config.root)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.training.order import seed_for
+from recipes.training.source import Batch
 
-Batch = tuple[Tensor, Tensor]
 Key = tuple[int, int]  # epoch (0: validation), index of the image
 MAX_UNREADABLE = 100  # so many bad images in a row, or in a batch, are not bad luck: a disk is gone
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recipes.training.distributed import Ranks
-from recipes.training.recipes import Recipe as Recipe
+from recipes.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,7 +21,8 @@ import torch
 
 from recipes.training import architecture, checkpoint
 from recipes.training.config import Config, differences
-from recipes.training.data import Batch, Source, open_source
+from recipes.training.data import open_source
+from recipes.training.determinism import deterministic
 from recipes.training.distributed import Ranks, processes
 from recipes.training.interrupts import Interrupts, Stopped
 from recipes.training.log import Log, Progress, Row
@@ -34,6 +35,7 @@ from recipes.training.order import (
     steps_per_epoch,
 )
 from recipes.training.skipped import Skipped
+from recipes.training.source import Batch, Source
 from seqconv_triton.nn.synchronize import convert_sync_batchnorm
 
 
@@ -69,17 +71,6 @@ def train(config: Config) -> Outcome:
             return run.to_the_end()
         finally:
             source.close()
-
-
-@contextmanager
-def deterministic(enable: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms where `enable`; as before afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or enable)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 class Run:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.training import cifar
+from recipes.training import cifar, imagefolder
 from recipes.training.config import Config
-from recipes.training.data import Batch, Source, expected_layout
 from recipes.training.images import Preprocess
 from recipes.training.loading import Loader, Samples
+from recipes.training.source import Batch, Source
 
 try:
-    from torchvision import datasets
     from torchvision.transforms import v2
 except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
     raise ImportError(f"CIFAR and ImageFolder need torchvision: pip install seqconv-triton[train] ({error})") from error
@@ -95,27 +94,14 @@ class VisionSource:
 
 
 def open_source(config: Config, preprocess: Preprocess | None, *, pinned: bool) -> Source:
+    """CIFAR or an image tree; `preprocess` replaces the data set's own. Raises what the two `load` raise."""
+    assert config.root is not None
     mean, std = STATISTICS[config.data]
     if config.data == "imagefolder":
+        train, val = imagefolder.load(config.root)
         size = config.image_size or IMAGE_SIZE
         default = Preprocess(3, size, round(size * IMAGE_RESIZE / IMAGE_SIZE), mean, std)
-        return _image_folder(config, preprocess or default, pinned)
-    return _cifar(config, preprocess or Preprocess(3, 32, 32, mean, std), pinned)
-
-
-def _cifar(config: Config, preprocess: Preprocess, pinned: bool) -> Source:
-    assert config.root is not None
-    train, val = cifar.load(config.data, config.root)
-    return VisionSource(config, train.classes, train, val, preprocess, pinned=pinned)
-
-
-def _image_folder(config: Config, preprocess: Preprocess, pinned: bool) -> Source:
-    assert config.root is not None
-    try:
-        train, val = (datasets.ImageFolder(str(config.root / part)) for part in ("train", "val"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {expected_layout(config)}") from error
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"{config.root}/train and {config.root}/val have different classes: {', '.join(odd[:5])}")
-    return VisionSource(config, train.classes, train, val, preprocess, pinned=pinned)
+    else:
+        train, val = cifar.load(config.data, config.root)
+        default = Preprocess(3, 32, 32, mean, std)
+    return VisionSource(config, train.classes, train, val, preprocess or default, pinned=pinned)

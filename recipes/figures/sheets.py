@@ -1,11 +1,11 @@
-"""Pictures of training: learning curves, and contact sheets of predictions."""
+"""Learning curves, and contact sheets of predictions."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -14,9 +14,17 @@ from recipes.figures.files import new_figure, save
 from recipes.training.loop import History
 
 if TYPE_CHECKING:
-    from recipes.training.commands.predict import Prediction
+    from PIL.Image import Image
 
 RIGHT, WRONG = "#0072b2", "#d55e00"  # Okabe and Ito: told apart by colour-blind readers too
+
+
+class Prediction(NamedTuple):
+    """An image's likeliest classes, best first, with their probabilities."""
+
+    path: Path
+    thumbnail: Image
+    answers: list[tuple[str, float]]
 
 
 def learning_curves(histories: dict[str, History], path: Path) -> None:

@@ -1,10 +1,12 @@
-"""`python -m seqconv_triton evaluate`: loss and errors of a checkpoint on a validation set."""
+"""`python -m recipes.evaluate`: loss and errors of a checkpoint on a validation set."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from recipes import commands
 from recipes.training import trained
 from recipes.training.checkpoint import mismatch
 from recipes.training.config import Config
@@ -12,7 +14,7 @@ from recipes.training.data import open_source
 from recipes.training.distributed import processes
 from recipes.training.loop import evaluate
 from recipes.training.order import evaluation_pieces
-from recipes.training.recipes import PRESETS
+from recipes.training.recipe import PRESETS
 from recipes.training.skipped import Skipped
 
 
@@ -51,3 +53,12 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
             top5 = "" if result.top5_error is None else f", top-5 error {result.top5_error:.2f} %"
             print(f"{result.images:,} images: error {result.error:.2f} %{top5}, cross-entropy {result.loss:.4f} nats")
     return int(bool(skipped.lines))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m recipes.evaluate`."""
+    return commands.run("evaluate", add_arguments, run_from_arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,16 @@
-"""`python -m seqconv_triton predict`: the likeliest classes of image files, in words and as a contact sheet."""
+"""`python -m recipes.predict`: the likeliest classes of image files, in words and as a contact sheet."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from recipes import commands
 from recipes.training import checkpoint, images, trained
 from recipes.training.distributed import usable_device
 from seqconv_triton.optional import require
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # images decoded at a time
 ON_SHEET = 60
-
-
-class Prediction(NamedTuple):
-    """An image's likeliest classes, best first, with their probabilities."""
-
-    path: Path
-    thumbnail: Image
-    answers: list[tuple[str, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """Exit status 0; 1 where images had to be skipped, which are named and counted on standard error."""
     require("predict", "train", "matplotlib", "PIL")
-    from recipes.training.pictures import prediction_sheet
+    from recipes.figures.sheets import Prediction, prediction_sheet
 
     one = trained.load(arguments.checkpoint, usable_device(arguments.device))
     predictions: list[Prediction] = []
@@ -84,3 +77,12 @@ def _probabilities(one: trained.Trained, decoded: list[Image]) -> Tensor:
         return torch.empty(0)
     batch = torch.stack([one.preprocess(image) for image in decoded])
     return one.model(batch.to(next(one.model.parameters()).device)).softmax(1).cpu()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m recipes.predict`."""
+    return commands.run("predict", add_arguments, run_from_arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

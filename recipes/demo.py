@@ -1,11 +1,11 @@
-"""`python -m seqconv_triton demo`: a SeqResNet and a pre-activation ResNet of equal size on handwritten digits."""
+"""`python -m recipes.demo`: a SeqResNet and a pre-activation ResNet of equal size on handwritten digits."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from recipes.training import checkpoint
+from recipes import commands
+from recipes.training import architecture, checkpoint
 from recipes.training.baseline import PreactivationResNet, count_parameters, matching_widths
+from recipes.training.determinism import reproducible
 from recipes.training.distributed import usable_device
 from recipes.training.loop import History, fit, predict
-from recipes.training.recipes import Recipe
+from recipes.training.recipe import PRESETS, Recipe
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.optional import require
 
-GROUP_WIDTH, WIDEN, BASELINE_BLOCKS = 16, 2, 1
+BASELINE_BLOCKS = 1
 PREDICTED = 40  # images on the contact sheet
 
 
@@ -65,7 +67,9 @@ def networks(classes: int) -> dict[str, Callable[[], nn.Module]]:
     """Builders of both networks; the baseline's width follows from ours."""
 
     def ours() -> nn.Module:
-        return CifarSeqResNet(GROUP_WIDTH, WIDEN, bottleneck=True, dropout=0.0, num_classes=classes, in_chans=1)
+        preset = PRESETS["digits"]
+        options = preset.model_options | {"dropout": 0.0, "num_classes": classes, "in_chans": 1}
+        return architecture.build({"name": preset.model, "options": options})
 
     def baseline(widths: tuple[int, int, int]) -> nn.Module:
         return PreactivationResNet(widths, BASELINE_BLOCKS, num_classes=classes, in_chans=1)
@@ -78,7 +82,8 @@ def run(config: DemoConfig) -> list[Result]:
     """Train both networks, save everything under config.output, and print the comparison."""
     from tqdm import tqdm
 
-    from recipes.training import digits, pictures
+    from recipes.figures import sheets
+    from recipes.training import digits
 
     device = usable_device(config.device)
     data = digits.load(config.train_images)
@@ -107,9 +112,9 @@ def run(config: DemoConfig) -> list[Result]:
         checkpoint.save({"model": model.state_dict(), "epochs": config.epochs, "seed": config.seed}, file)
         if isinstance(model, CifarSeqResNet):
             probabilities = predict(model, test[0][:PREDICTED])
-    pictures.learning_curves(histories, config.output / "learning-curves.png")
+    sheets.learning_curves(histories, config.output / "learning-curves.png")
     shown = data.test.images[:PREDICTED], data.test.labels[:PREDICTED]
-    pictures.contact_sheet(*shown, probabilities, config.output / "predictions.png")
+    sheets.contact_sheet(*shown, probabilities, config.output / "predictions.png")
     write_results(config, results, histories)
     print(table(results, len(data.test)))
     print(f"checkpoints, predictions.png, learning-curves.png and results.json are in {config.output}")
@@ -137,19 +142,10 @@ def write_results(config: DemoConfig, results: list[Result], histories: dict[str
     checkpoint.write(config.output / "results.json", json.dumps(figures, indent=1).encode() + b"\n")
 
 
-@contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """The same numbers every time: torch seeded, deterministic algorithms, one thread; all as before afterwards.
+def main(argv: list[str] | None = None) -> int:
+    """`python -m recipes.demo`."""
+    return commands.run("demo", add_arguments, run_from_arguments, argv)
 
-    Images of 8×8 pixels leave a second thread little but waiting, and on a busy machine that costs most of the time.
-    """
-    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
-            torch.set_num_threads(threads)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`python -m seqconv_triton history`: training and validation error against epochs, as in the paper's Figure 4."""
+"""`python -m recipes.history`: training and validation error against epochs, as in the paper's Figure 4."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from recipes import commands
 from recipes.figures.files import check_output, new_figure, save
 
 if TYPE_CHECKING:
@@ -154,3 +155,12 @@ def draw(curves: list[Curve], *, log: bool = False, max_error: float | None = No
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(handles=handles, fontsize=9)
     return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m recipes.history`."""
+    return commands.run("history", add_arguments, run_from_arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

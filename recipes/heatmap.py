@@ -1,14 +1,16 @@
-"""`python -m seqconv_triton heatmap`: which group uses which, as in the paper's Figure 5, from trained weights."""
+"""`python -m recipes.heatmap`: which group uses which, as in the paper's Figure 5, from trained weights."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes import commands
 from recipes.figures.connections import Connections, layer_connections, stage_connections
 from recipes.figures.files import check_output, new_figure, save
 from recipes.figures.networks import chosen_layers, layers, load_network, stages
@@ -159,3 +161,12 @@ def _ticks(names: list[str], most: int = 9) -> tuple[list[int], list[str]]:
     step = -(-len(names) // most)
     places = list(range(len(names) - 1, -1, -step))[::-1]
     return places, [names[i] for i in places]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m recipes.heatmap`."""
+    return commands.run("heatmap", add_arguments, run_from_arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

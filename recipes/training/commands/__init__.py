@@ -1,1 +1,0 @@
-"""The commands `train`, `evaluate`, `predict` and `export`."""
