@@ -19,15 +19,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "aten", "triton")
+from seqconv_triton.backend import chosen
 
-_chosen: str | None = None
+BACKENDS = ("reference", "aten", "triton")
 
 
 class use_backend:
     """Compute with the named backend inside a `with` block, whatever the device; `None` restores the default.
 
-    Raises ValueError for an unknown name.
+    It holds for this thread (or asyncio task) alone: threads that start inside have the default. A backward pass
+    computes with its forward pass's backend, wherever it runs. Raises ValueError for an unknown name.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -36,18 +37,14 @@ class use_backend:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown backend {name!r}{hint} (backends: {', '.join(BACKENDS)})")
         self.name = name
-        self._outer: list[str | None] = []
 
     def __enter__(self) -> None:
-        global _chosen
-        self._outer.append(_chosen)
-        _chosen = self.name
+        chosen.enter(self.name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _chosen
-        _chosen = self._outer.pop()
+        chosen.leave()
 
 
 def backend_for(x: Tensor) -> str:
@@ -55,8 +52,9 @@ def backend_for(x: Tensor) -> str:
 
     What is exported becomes a graph of PyTorch's own ops ("traced"), so that whoever loads it needs nothing of ours.
     """
-    if _chosen is not None:
-        return _chosen
+    name = chosen.traced_or(chosen.name)
+    if name is not None:
+        return name
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "traced"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,24 +50,38 @@ class Key(NamedTuple):
 
 Table = Mapping[Key, LaunchConfig]
 
-_pinned: dict[str, LaunchConfig] = {}
-_given: tuple[Table, ...] | None = None
-_tables: dict[str, tuple[Table, int]] = {}  # of an architecture: the table, and its smallest tile of pixels
-_heard: list[Key] | None = None
+
+class Switches(NamedTuple):
+    """What a thread (or asyncio task) has switched; `version` is another number inside of every block."""
+
+    pinned: Mapping[str, LaunchConfig]
+    tables: tuple[Table, ...] | None
+    arch: str
+    keys: list[Key] | None
+    version: int
+
+
+NOTHING_SWITCHED = Switches(MappingProxyType({}), None, "sm_90", None, 0)
+_switches: ContextVar[Switches] = ContextVar("seqconv_triton_configurations", default=NOTHING_SWITCHED)
+_stored: dict[str, Table] = {}  # of an architecture: what was read from its files
 _versions = itertools.count(1)
-_version = 0
+_reading = 0  # the number of the last `reload_tables`
 
 
-def derive_again() -> None:
-    """What launchers derived from configurations is derived again before the next launch."""
-    global _version
-    _version = next(_versions)
+@contextmanager
+def _switched(**changes: Any) -> Iterator[None]:
+    token = _switches.set(_switches.get()._replace(**changes, version=next(_versions)))
+    try:
+        yield
+    finally:
+        _switches.reset(token)
 
 
 @contextmanager
 def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages: int = 2) -> Iterator[None]:
     """Inside, every launch of a kernel family takes these tiles: for tests, and for the same bits on any device.
 
+    As all switches here it holds for this thread alone; on a GPU, autograd runs backward passes in a thread of its own.
     Output channels keep the tile that the conv groups ask for. Raises ValueError for an unknown family, and for tiles
     that are no powers of two from 16 on.
     """
@@ -74,17 +90,9 @@ def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages:
     for name, size in (("block_p", block_p), ("block_k", block_k)):
         if not is_tile(size):
             raise ValueError(f"{name} ({size}) must be a power of two from 16 on")
-    outer = _pinned.get(kernel)
-    _pinned[kernel] = LaunchConfig(block_p, 0, block_k, num_warps, num_stages)
-    derive_again()
-    try:
+    config = LaunchConfig(block_p, 0, block_k, num_warps, num_stages)
+    with _switched(pinned={**_switches.get().pinned, kernel: config}):
         yield
-    finally:
-        if outer is None:
-            del _pinned[kernel]
-        else:
-            _pinned[kernel] = outer
-        derive_again()
 
 
 @contextmanager
@@ -93,42 +101,52 @@ def use_tables(*tables: Table) -> Iterator[None]:
 
     Without any, the heuristic alone decides.
     """
-    global _given
-    outer, _given = _given, tables
-    reload_tables()
-    try:
+    with _switched(tables=tables):
         yield
-    finally:
-        _given = outer
-        reload_tables()
 
 
 def reload_tables() -> None:
-    """Read the stored tables again before the next launch; otherwise a process reads them once."""
-    _tables.clear()
-    derive_again()
+    """Read the stored tables again before the next launch, in every thread; otherwise a process reads them once."""
+    global _reading
+    _stored.clear()
+    _reading = next(_versions)
 
 
-def pinned() -> int:
-    """A number that changes with what is pinned and with the tables: a key of what was derived from configurations."""
-    return _version
+def derive_again() -> None:
+    """What this thread's launchers derived from configurations is derived again before its next launch."""
+    _switches.set(_switches.get()._replace(version=next(_versions)))
+
+
+def pinned() -> tuple[int, int]:
+    """Numbers that change with what is pinned and with the tables: a key of what was derived from configurations."""
+    return _reading, _switches.get().version
 
 
 @contextmanager
 def hear_keys() -> Iterator[list[Key]]:
     """The keys that configurations are asked for inside; nothing derived from them earlier is used."""
-    global _heard
-    outer, _heard = _heard, []
-    derive_again()
-    try:
-        yield _heard
-    finally:
-        _heard = outer
+    keys: list[Key] = []
+    with _switched(keys=keys):
+        yield keys
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Inside, what is on no GPU is configured as for this architecture, so that it can be compiled ahead of time."""
+    with _switched(arch=arch):
+        yield
 
 
 def smallest_tile(arch: str) -> int:
     """The fewest pixels that any tile with sums has, whichever configuration is in use."""
-    return min([_stored(arch)[1], *(config.block_p for kernel, config in _pinned.items() if kernel in WITH_SUMS)])
+    return _smallest_tile(arch, pinned())
+
+
+@lru_cache(maxsize=64)
+def _smallest_tile(arch: str, pins: object) -> int:
+    stored = (config.block_p for table in _tables(arch) for key, config in table.items() if key.kernel in WITH_SUMS)
+    pinned = (config.block_p for kernel, config in _switches.get().pinned.items() if kernel in WITH_SUMS)
+    return min([64, *stored, *pinned])  # the heuristic's have 64 at least
 
 
 def is_tile(size: int) -> bool:
@@ -154,23 +172,9 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
     return max(16, next_power_of_2(channels))
 
 
-_assumed = "sm_90"
-
-
-@contextmanager
-def assume(arch: str) -> Iterator[None]:
-    """Inside, what is on no GPU is configured as for this architecture, so that it can be compiled ahead of time."""
-    global _assumed
-    outer, _assumed = _assumed, arch
-    try:
-        yield
-    finally:
-        _assumed = outer
-
-
 def architecture(device: torch.device) -> str:
     """Of a device: sm_90, gfx942 and the like; of a GPU with its name behind a colon, by which tables are stored."""
-    return _architecture(device) if device.type == "cuda" else _assumed
+    return _architecture(device) if device.type == "cuda" else _switches.get().arch
 
 
 @lru_cache(maxsize=16)
@@ -181,22 +185,18 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}:{properties.name}"
 
 
-def _stored(arch: str) -> tuple[Table, int]:
-    """The table of an architecture, read when it is first asked for, and the smallest of its tiles with sums."""
-    found = _tables.get(arch)
-    if found is None:
-        gpu = arch.partition(":")[2]
-        merged: dict[Key, LaunchConfig] = {}
-        if _given is not None:
-            for table in reversed(_given):
-                merged.update(table)
-        elif gpu:
-            from seqconv_triton.kernels.tuning_tables import configurations
+def _tables(arch: str) -> tuple[Table, ...]:
+    """Those in use for an architecture, the first one first; stored ones are read when they are first asked for."""
+    chosen = _switches.get().tables
+    if chosen is not None:
+        return chosen
+    table = _stored.get(arch)
+    if table is None:
+        from seqconv_triton.kernels.tuning_tables import configurations
 
-            merged.update(configurations(gpu, arch))
-        tiles = [config.block_p for key, config in merged.items() if key.kernel in WITH_SUMS]
-        found = _tables[arch] = (merged, min([64, *tiles]))  # the heuristic's have 64 at least
-    return found
+        gpu = arch.partition(":")[2]
+        table = _stored[arch] = configurations(gpu, arch) if gpu else {}
+    return (table,)
 
 
 def config_for(
@@ -204,9 +204,12 @@ def config_for(
 ) -> LaunchConfig:
     """The configuration for (kernel, reduction length of one tap, output tile, bytes of an element, GPU, taps)."""
     key = Key(kernel, reduction, block_n, element_size, taps)
-    if _heard is not None:
-        _heard.append(key)
-    chosen = _pinned.get(kernel) or _stored(arch)[0].get(key) or heuristic(key, arch)
+    switches = _switches.get()
+    if switches.keys is not None:
+        switches.keys.append(key)
+    chosen = switches.pinned.get(kernel)
+    if chosen is None:
+        chosen = next((table[key] for table in _tables(arch) if key in table), None) or heuristic(key, arch)
     return chosen._replace(block_n=block_n)
 
 

@@ -146,8 +146,8 @@ def convolution(
     eps: float = 0.0,
 ) -> None:
     """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
-    if recorders:
-        recorders[-1](convolution, locals())
+    if recorders.get():
+        recorders.get()[-1](convolution, locals())
     grid, constants = _fixed(
         shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
         alignment(

@@ -234,8 +234,8 @@ def data_gradient(
     With `norm` (vectors [11, channels]) it goes through that BN's ReLU, and the BN's gradients and coefficients are
     written; `batch` says that its statistics were the batch's. `fresh` is the first reader's dy, which is then written.
     """
-    if recorders:
-        recorders[-1](data_gradient, locals())
+    if recorders.get():
+        recorders.get()[-1](data_gradient, locals())
     new = fresh or Fresh(out, out, out)
     grid, constants = _fixed(
         shape, channels, windows, mask is not None, upstream is not None, norm is not None, fresh is not None,

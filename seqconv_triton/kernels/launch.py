@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -124,40 +125,40 @@ class Scratch(NamedTuple):
         return cls(sums[0], sums[1], counters)
 
 
-_listener: Callable[..., None] | None = None
+Listener = Callable[..., None]
+Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
+
+_listener: ContextVar[Listener | None] = ContextVar("seqconv_triton_listener", default=None)
+recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("seqconv_triton_recorders", default=())
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel, or tell a listener of it (`ahead.py` compiles what it hears of)."""
-    if _listener is None:
+    listener = _listener.get()
+    if listener is None:
         kernel[grid](*arguments, **constants)
     else:
-        _listener(kernel, arguments, constants)
+        listener(kernel, arguments, constants)
 
 
 @contextmanager
-def listen(listener: Callable[..., None]) -> Iterator[None]:
-    """Inside, nothing is launched: `listener(kernel, arguments, constants)` hears of every launch instead."""
-    global _listener
-    outer, _listener = _listener, listener
+def listen(listener: Listener) -> Iterator[None]:
+    """Inside, this thread launches nothing: `listener(kernel, arguments, constants)` hears of every launch instead."""
+    token = _listener.set(listener)
     try:
         yield
     finally:
-        _listener = outer
-
-
-Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
-recorders: list[Recorder] = []
+        _listener.reset(token)
 
 
 @contextmanager
 def record(recorder: Recorder) -> Iterator[None]:
-    """Inside, `recorder(launcher, its arguments by name)` hears of the calls of every launcher that can be tuned."""
-    recorders.append(recorder)
+    """Inside, `recorder(launcher, its arguments by name)` hears of this thread's calls of launchers that are tuned."""
+    token = recorders.set((*recorders.get(), recorder))
     try:
         yield
     finally:
-        recorders.pop()
+        recorders.reset(token)
 
 
 def precision(dtype: torch.dtype) -> str:

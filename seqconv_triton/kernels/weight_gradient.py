@@ -127,8 +127,8 @@ def weight_gradient(
     dy [groups, P, c_out]. With `own_source` group i reads source.rows[i], [groups, P, c], with its own part of scale
     and shift; otherwise all read from the same rows, where the row of `groups` says.
     """
-    if recorders:
-        recorders[-1](weight_gradient, locals())
+    if recorders.get():
+        recorders.get()[-1](weight_gradient, locals())
     block_m = channel_tile(shape.c_out, shape.group_out, 64)
     reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
     config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device), shape.kernel**2)
