@@ -11,8 +11,7 @@ from bench import kernels
 from bench.cases import Case
 from bench.check import Expected, relative_error
 from bench.contenders import DTYPES, Contender
-from bench.participants import Local
-from bench.runner import Setting
+from bench.participants import Local, Setting
 from bench.timing import Mark
 
 

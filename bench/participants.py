@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,15 @@ class Participant(Protocol):
 
     def close(self) -> None:
         """End what it has started; any number of times."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a case's participants come from, by label and turn, and what each family of them is compared with."""
+
+    start: Callable[[str, int], Participant]
+    expected: Callable[[str], check.Expected]
+    processes: int = 1
 
 
 class Lost(RuntimeError):

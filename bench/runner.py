@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from bench import check, peers, subjects
 from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.contenders import Build, build, compiled
-from bench.participants import Local, Participant, reason
+from bench.participants import Local, Participant, Setting, reason
 from bench.results import Results, Row
 from bench.timing import Timing, interleave
 from bench.workers import Task, Worker
@@ -24,15 +23,6 @@ NO_TIME = "no time left"
 FATAL = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
 # Uncounted rounds: a young process's first runs meet memory that the system has yet to hand out.
 WARM_UP = {"cuda": 1, "cpu": 2}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a case's participants come from, by label and turn, and what each family of them is compared with."""
-
-    start: Callable[[str, int], Participant]
-    expected: Callable[[str], check.Expected]
-    processes: int = 1
 
 
 def setting(case: Case, device: torch.device, make_contender: Build, cold: bool, isolated: bool) -> Setting:
