@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from recipes import commands
+from recipes import commands, files
 from recipes.training import architecture, checkpoint
 from recipes.training.baseline import PreactivationResNet, count_parameters, matching_widths
 from recipes.training.determinism import reproducible
 from recipes.training.distributed import usable_device
-from recipes.training.loop import History, fit, predict
+from recipes.training.evaluation import class_probabilities
+from recipes.training.fit import History, fit
 from recipes.training.recipe import PRESETS, Recipe
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.optional import require
@@ -111,7 +112,7 @@ def run(config: DemoConfig) -> list[Result]:
         file = config.output / f"{name.lower().replace(' ', '-')}.pt"
         checkpoint.save({"model": model.state_dict(), "epochs": config.epochs, "seed": config.seed}, file)
         if isinstance(model, CifarSeqResNet):
-            probabilities = predict(model, test[0][:PREDICTED])
+            probabilities = class_probabilities(model, test[0][:PREDICTED])
     sheets.learning_curves(histories, config.output / "learning-curves.png")
     shown = data.test.images[:PREDICTED], data.test.labels[:PREDICTED]
     sheets.contact_sheet(*shown, probabilities, config.output / "predictions.png")
@@ -123,10 +124,10 @@ def run(config: DemoConfig) -> list[Result]:
 
 def table(results: list[Result], test_images: int) -> str:
     lines = [f"{'':<23}{'parameters':>11}{'test accuracy':>15}{'wrong':>7}{'training time':>15}"]
-    for one in results:
-        wrong = round((1 - one.test_accuracy) * test_images)
+    for result in results:
+        wrong = round((1 - result.test_accuracy) * test_images)
         lines.append(
-            f"{one.name:<23}{one.parameters:>11,}{one.test_accuracy:>14.2%}{wrong:>8}{one.seconds:>13.1f} s"
+            f"{result.name:<23}{result.parameters:>11,}{result.test_accuracy:>14.2%}{wrong:>8}{result.seconds:>13.1f} s"
         )  # fmt: skip
     lines.append("Digits this small tell no two good networks apart: the paper's comparison is on CIFAR and ImageNet.")
     return "\n".join(lines)
@@ -139,7 +140,7 @@ def write_results(config: DemoConfig, results: list[Result], histories: dict[str
         "torch": torch.__version__,
         "networks": [asdict(result) | {"history": asdict(histories[result.name])} for result in results],
     }
-    checkpoint.write(config.output / "results.json", json.dumps(figures, indent=1).encode() + b"\n")
+    files.write(config.output / "results.json", json.dumps(figures, indent=1).encode() + b"\n")
 
 
 def main(argv: list[str] | None = None) -> int:

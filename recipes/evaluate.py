@@ -12,7 +12,7 @@ from recipes.training.checkpoint import mismatch
 from recipes.training.config import Config
 from recipes.training.data import open_source
 from recipes.training.distributed import processes
-from recipes.training.loop import evaluate
+from recipes.training.evaluation import evaluate
 from recipes.training.order import evaluation_pieces
 from recipes.training.recipe import PRESETS
 from recipes.training.skipped import Skipped
@@ -33,18 +33,18 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size ({arguments.batch_size}) must be at least 1")
     with processes(arguments.device) as ranks:
-        one = trained.load(arguments.checkpoint, ranks.device)
+        network = trained.load(arguments.checkpoint, ranks.device)
         config = Config(
-            data=arguments.data or one.data, root=arguments.root, workers=arguments.workers, strict=arguments.strict
+            data=arguments.data or network.data, root=arguments.root, workers=arguments.workers, strict=arguments.strict
         )
-        source = open_source(config, one.preprocess, pinned=ranks.device.type == "cuda")
+        source = open_source(config, network.preprocess, pinned=ranks.device.type == "cuda")
         try:
-            if one.classes != source.classes:
-                raise ValueError(f"{arguments.checkpoint}: {mismatch(one.classes, source.classes)}")
+            if network.classes != source.classes:
+                raise ValueError(f"{arguments.checkpoint}: {mismatch(network.classes, source.classes)}")
             pieces = evaluation_pieces(
                 source.val_images, arguments.batch_size, world=ranks.world, rank=ranks.rank
             )  # fmt: skip
-            result = evaluate(one.model, source.val_batches(pieces), ranks)
+            result = evaluate(network.model, source.val_batches(pieces), ranks)
         finally:
             source.close()
         skipped = Skipped(ranks, source.unreadable)

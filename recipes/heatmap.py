@@ -88,16 +88,18 @@ def stage_panels(model: Backbone) -> list[Panel]:
     """A panel for each stage, its layers below one another."""
     panels = []
     for name, stage in stages(model).items():
-        parts = tuple(re.sub(r"^(Stage|Downsample)\d\.", "", one.name) for one in layers(model) if one.stage is stage)
+        parts = tuple(
+            re.sub(r"^(Stage|Downsample)\d\.", "", layer.name) for layer in layers(model) if layer.stage is stage
+        )
         title = f"{name}\n{stage.plan.layers[-1].in_channels} channels, k = {stage.plan.group_width}"
         panels.append(Panel(title, stage_connections(stage), "source group (negative: stage's input)", parts))
     return panels
 
 
 def _description(plan: Plan, layer: int) -> str:
-    one = plan.layers[layer]
-    window = "windowed" if one.windowed else "not windowed"
-    return f"{one.in_channels}→{one.out_channels} channels, k = {plan.group_width}, {window}"
+    shape = plan.layers[layer]
+    window = "windowed" if shape.windowed else "not windowed"
+    return f"{shape.in_channels}→{shape.out_channels} channels, k = {plan.group_width}, {window}"
 
 
 def draw(networks: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
@@ -133,22 +135,22 @@ def draw(networks: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    """Row 1 on top, white outside the window; a line between the input's groups and the layer's own."""
+    """Row 1 on top, white outside the window; a line between the input's groups and the layer's."""
     import matplotlib
 
-    shown = panel.connections
+    connections = panel.connections
     colours = matplotlib.colormaps[COLOURS].with_extremes(bad="white")
-    axes.imshow(shown.strength, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
-    targets, sources = shown.strength.shape
+    axes.imshow(connections.strength, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+    targets, sources = connections.strength.shape
     axes.set_title(panel.title, fontsize=10)
     axes.set(xlabel=panel.axis, ylabel="target group")
     axes.set_yticks(*_ticks([str(i + 1) for i in range(targets)]))
-    axes.set_xticks(*_ticks([str(source).replace("-", "−") for source in shown.sources]), rotation=0)
-    own = sum(source < 0 for source in shown.sources) - 0.5
-    if own < sources - 0.5:
-        axes.axvline(own, color=LINE, linewidth=0.8)
-    ends = (*shown.edges, targets)[1:]
-    for row, name, following in zip(shown.edges, panel.parts, ends, strict=True):
+    axes.set_xticks(*_ticks([str(source).replace("-", "−") for source in connections.sources]), rotation=0)
+    inputs = sum(source < 0 for source in connections.sources)
+    if inputs < sources:
+        axes.axvline(inputs - 0.5, color=LINE, linewidth=0.8)
+    ends = (*connections.edges, targets)[1:]
+    for row, name, following in zip(connections.edges, panel.parts, ends, strict=True):
         if row:
             axes.axhline(row - 0.5, color=LINE, linewidth=0.5)
         axes.annotate(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recipes import commands
-from recipes.training import checkpoint, images, trained
+from recipes import commands, files
+from recipes.training import images, trained
 from recipes.training.distributed import usable_device
+from recipes.training.evaluation import class_probabilities
 from seqconv_triton.optional import require
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     require("predict", "train", "matplotlib", "PIL")
     from recipes.figures.sheets import Prediction, prediction_sheet
 
-    one = trained.load(arguments.checkpoint, usable_device(arguments.device))
+    network = trained.load(arguments.checkpoint, usable_device(arguments.device))
     predictions: list[Prediction] = []
     skipped = done = 0
     for start in range(0, len(arguments.images), CHUNK):
@@ -49,15 +50,16 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped += 1
-        for (path, image), probabilities in zip(chunk, _probabilities(one, [image for _, image in chunk]), strict=True):
-            answers = top(probabilities, one.classes)
+        rows = _probabilities(network, [image for _, image in chunk])
+        for (path, image), probabilities in zip(chunk, rows, strict=True):
+            answers = top(probabilities, network.classes)
             print(f"{path}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in answers))
             done += 1
             if len(predictions) < ON_SHEET:
                 image.thumbnail((256, 256))
                 predictions.append(Prediction(path, image, answers))
     if predictions:
-        checkpoint.write(arguments.sheet, prediction_sheet(predictions))
+        files.write(arguments.sheet, prediction_sheet(predictions))
         shown = "" if done <= ON_SHEET else f" (the first {ON_SHEET} of {done} images)"
         print(f"contact sheet: {arguments.sheet}{shown}")
     if skipped:
@@ -71,12 +73,11 @@ def top(probabilities: Tensor, classes: tuple[str, ...], count: int = 5) -> list
     return [(classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
-@torch.inference_mode()
-def _probabilities(one: trained.Trained, decoded: list[Image]) -> Tensor:
+def _probabilities(network: trained.Trained, decoded: list[Image]) -> Tensor:
+    """[images, classes], on the CPU."""
     if not decoded:
         return torch.empty(0)
-    batch = torch.stack([one.preprocess(image) for image in decoded])
-    return one.model(batch.to(next(one.model.parameters()).device)).softmax(1).cpu()
+    return class_probabilities(network.model, torch.stack([network.preprocess(image) for image in decoded]))
 
 
 def main(argv: list[str] | None = None) -> int:

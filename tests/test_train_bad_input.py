@@ -16,9 +16,10 @@ from runs import TINY, run_recipe, tiny
 
 pytest.importorskip("sklearn", reason="the digits")
 
+from recipes import files
 from recipes.training import checkpoint, data, train
 from recipes.training.data import Batch, DigitsSource
-from recipes.training.loop import Trainer
+from recipes.training.trainer import Trainer
 
 
 def has_torchvision() -> bool:
@@ -212,8 +213,8 @@ def test_training_names_all_that_it_skipped_at_its_end(
 
 
 def fail_write(name: str, after: int) -> Callable[[Path, object], None]:
-    """checkpoint.write on a disk that is full when `name` is written for the `after`th time."""
-    write, count = checkpoint.write, 0
+    """files.write on a disk that is full when `name` is written for the `after`th time."""
+    write, count = files.write, 0
 
     def full(path: Path, content: bytes) -> None:
         nonlocal count
@@ -241,7 +242,7 @@ def test_full_disk_keeps_the_last_checkpoint(
     """The first epoch's checkpoint stays, the run says so, and goes on from it once there is room."""
     arguments = [*TINY, "--output", str(tmp_path), "--quiet", "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", fail_write(name, {"log.csv": 3}.get(name, 2)))
+        patch.setattr(files, "write", fail_write(name, {"log.csv": 3}.get(name, 2)))
         if name == "best.pt":
             patch.setattr("recipes.training.run.evaluate", improving())
         assert run_recipe(arguments) == 2
@@ -256,7 +257,7 @@ def test_full_disk_keeps_the_last_checkpoint(
 
 def improving() -> Callable[..., object]:
     """An evaluation that finds every epoch better than the one before."""
-    from recipes.training.loop import Evaluation
+    from recipes.training.evaluation import Evaluation
 
     errors = iter((50.0, 40.0, 30.0))
     return lambda *arguments: Evaluation(360, 1.0, next(errors), None)

@@ -16,8 +16,8 @@ from recipes.training.config import differences
 from recipes.training.distributed import Ranks
 from recipes.training.images import Preprocess, decode
 from recipes.training.loading import Loader, Samples
-from recipes.training.loop import Trainer
 from recipes.training.order import epoch_order, evaluation_pieces, shares, steps_per_epoch
+from recipes.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(

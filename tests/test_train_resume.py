@@ -17,7 +17,7 @@ from runs import TINY, assert_same_run, run_recipe, tiny
 pytest.importorskip("sklearn", reason="the digits")
 
 from recipes.training import Config, checkpoint, train
-from recipes.training.loop import Trainer
+from recipes.training.trainer import Trainer
 
 EXTRAS = dict(accumulate=2, ema=0.9, mixup=0.2, label_smoothing=0.1)  # all that has state or random numbers of its own
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in EXTRAS.items()]

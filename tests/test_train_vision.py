@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from recipes.training import Config, checkpoint, train
 from recipes.training.images import Preprocess
-from recipes.training.loop import Trainer
+from recipes.training.trainer import Trainer
 from recipes.training.vision import Lighting, open_source, training_transform
 
 MODEL = [

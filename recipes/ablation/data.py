@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes.ablation.settings import Setting
 from recipes.training import cifar
-from recipes.training.loop import Batch
+from recipes.training.source import Batch
 
 MAX_SHIFT = 0.5  # pixels of an 8×8 digit
 PADDING = 4  # pixels around a 32×32 image, before a random crop

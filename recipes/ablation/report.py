@@ -49,14 +49,14 @@ def rows(results: list[Result]) -> list[Row]:
     keys = [key for key in CONTESTANTS if key in of]
     table = []
     for key in keys:
-        own, first = of[key], of[keys[0]]
-        pairs = [own[seed].error - first[seed].error for seed in own if seed in first] if key != keys[0] else []
+        runs, first = of[key], of[keys[0]]
+        pairs = [runs[seed].error - first[seed].error for seed in runs if seed in first] if key != keys[0] else []
         enough = len(pairs) > 1
         table.append(
             Row(
                 CONTESTANTS[key],
-                next(iter(own.values())).parameters,
-                [own[seed].error for seed in sorted(own)],
+                next(iter(runs.values())).parameters,
+                [runs[seed].error for seed in sorted(runs)],
                 statistics.mean(pairs) if enough else None,
                 half_width(pairs) if enough else None,
             )

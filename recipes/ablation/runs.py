@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from recipes import files
 from recipes.ablation import data
 from recipes.ablation.settings import Contestant, Setting
 from recipes.training import checkpoint
 from recipes.training.baseline import count_parameters
 from recipes.training.determinism import reproducible
-from recipes.training.loop import History, fit
+from recipes.training.fit import History, fit
 
 
 @dataclass
@@ -105,5 +106,5 @@ def run(
             "seed": seed,
         }
         checkpoint.save(state, path.with_suffix(".pt"))
-    checkpoint.write(path, json.dumps(asdict(result)).encode() + b"\n")
+    files.write(path, json.dumps(asdict(result)).encode() + b"\n")
     return result

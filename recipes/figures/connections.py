@@ -58,9 +58,9 @@ def layer_connections(part: PackedSeqConv, layer: int) -> Connections:
     the 3×3 convs' in basic ones. Raises ValueError for weights that are not finite."""
     first, last = layer_groups(part.plan, layer)
     strength = _normalised(group_strengths(_weights(part), part.plan, first, last))
-    own = last - first - 1
-    before = strength.shape[1] - own
-    return Connections(strength, (*range(-before, 0), *range(1, own + 1)))
+    earlier = last - first - 1
+    before = strength.shape[1] - earlier
+    return Connections(strength, (*range(-before, 0), *range(1, earlier + 1)))
 
 
 def stage_connections(part: PackedSeqConv) -> Connections:
@@ -78,7 +78,7 @@ def stage_connections(part: PackedSeqConv) -> Connections:
 
 def layer_groups(plan: Plan, layer: int) -> tuple[int, int]:
     """The groups [first, last) of a layer."""
-    ends = np.cumsum([one.out_channels // plan.group_width for one in plan.layers])
+    ends = np.cumsum([layer.out_channels // plan.group_width for layer in plan.layers])
     return int(ends[layer - 1]) if layer else 0, int(ends[layer])
 
 

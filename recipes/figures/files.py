@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.training import checkpoint
+from recipes import files
 from seqconv_triton.optional import require
 
 if TYPE_CHECKING:
@@ -45,4 +45,4 @@ def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "seqconv"}):
         figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=undated[kind])
-    checkpoint.write(path, buffer.getbuffer())
+    files.write(path, buffer.getbuffer())

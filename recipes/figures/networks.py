@@ -37,8 +37,8 @@ def load_network(path: Path, model: str | None = None) -> Backbone:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a checkpoint in it")
-    held = read_file(path)
-    state = held.get("model", held) if isinstance(held.get("model"), Mapping) else held
+    content = read_file(path)
+    state = content.get("model", content) if isinstance(content.get("model"), Mapping) else content
     assert isinstance(state, Mapping)
     entries = unwrap(state)
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries.items()):
@@ -48,9 +48,9 @@ def load_network(path: Path, model: str | None = None) -> Backbone:
     sizes = _sizes(entries, published)
     if model is not None:
         network = create_model(model, **sizes)
-    elif isinstance(held.get("arch"), Mapping):
-        network = _from_arch(path, held["arch"], sizes)
-    elif held.keys() == DEMO_KEYS:
+    elif isinstance(content.get("arch"), Mapping):
+        network = _from_arch(path, content["arch"], sizes)
+    elif content.keys() == DEMO_KEYS:
         network = _demo_network(sizes)
     else:
         raise ValueError(f"{path} does not say which network it holds: add --model NAME (names: sct.list_models())")
@@ -140,11 +140,12 @@ def chosen_layers(model: Backbone, patterns: list[str] | None) -> list[NamedLaye
 
     Raises ValueError, listing all names, for a pattern that matches nothing.
     """
-    everything = layers(model)
-    found: list[NamedLayer] = []
+    available = layers(model)
+    chosen: list[NamedLayer] = []
     for pattern in patterns if patterns is not None else ["Stage?.0.LayerB"]:
-        matching = [one for one in everything if fnmatchcase(one.name.lower(), pattern.lower())]
+        matching = [layer for layer in available if fnmatchcase(layer.name.lower(), pattern.lower())]
         if not matching:
-            raise ValueError(f"no layer is called {pattern!r}; there are {', '.join(one.name for one in everything)}")
-        found += [one for one in matching if one not in found]
-    return found
+            names = ", ".join(layer.name for layer in available)
+            raise ValueError(f"no layer is called {pattern!r}; there are {names}")
+        chosen += [layer for layer in matching if layer not in chosen]
+    return chosen

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from recipes.figures.files import new_figure, save
-from recipes.training.loop import History
+from recipes.training.fit import History
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,17 +1,15 @@
-"""Checkpoints that are either whole or not there: written beside their place, flushed, then renamed."""
+"""Training checkpoints: written whole, read with checks."""
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recipes import files
 from seqconv_triton.interop import torch_file
 
 FORMAT, VERSION = "seqconv_triton training", 1
@@ -19,37 +17,10 @@ KEYS = {"model", "arch", "classes", "epoch", "best_error", "preprocess"}
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """torch.save into `path`, atomically: a failure or a kill at any moment leaves the old file as it was."""
+    """torch.save into `path`, as files.write does it."""
     buffer = io.BytesIO()  # a full disk is then a plain OSError: the archive writer would hide it
     torch.save(state, buffer)
-    write(path, buffer.getbuffer())
-
-
-def write(path: Path, content: bytes | memoryview) -> None:
-    """`content` into `path`, atomically. Raises OSError, with the path, where it cannot be written."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is to be written", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What kills have left of unfinished writes in `folder`."""
-    for name in ("last.pt", "best.pt", "log.csv"):
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink(missing_ok=True)
+    files.write(path, buffer.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -63,12 +34,10 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     state = torch_file.read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        held = (
-            f"the keys {', '.join(map(str, list(state)[:4]))}, …" if isinstance(state, dict) else type(state).__name__
-        )
+        keys = f"the keys {', '.join(map(str, list(state)[:4]))}, …" if isinstance(state, dict) else ""
         raise ValueError(
-            f"{path} is no checkpoint of `train`: it holds {held} (those of `demo` and `ablation` are for `heatmap`, "
-            "published weights for sct.load_published)"
+            f"{path} is no checkpoint of `train`: it holds {keys or type(state).__name__} (those of `demo` and "
+            "`ablation` are for `heatmap`, published weights for sct.load_published)"
         )
     if state.get("version") != VERSION:
         raise ValueError(

@@ -118,7 +118,7 @@ class Config:
         recipe = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.recipe).items()
         }
-        rest = {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata["free"]}
+        rest = {option.name: getattr(self, option.name) for option in fields(self) if not option.metadata["free"]}
         rest = {name: value for name, value in rest.items() if name not in recipe and name != "milestones"}
         rest["model"] = self.model or PRESETS[self.data].model
         return rest | recipe | {"model_options": dict(self.arch(0, 0)["options"])}
@@ -136,25 +136,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of Config, in its groups."""
     groups = {name: parser.add_argument_group(name) for name in (RUN, RECIPE, SPEED, KEEPING)}
-    for one in fields(Config):
-        argument = dict(one.metadata["argument"])
-        text = one.metadata["text"]
-        if isinstance(one.default, bool):
+    for option in fields(Config):
+        argument = dict(option.metadata["argument"])
+        text = option.metadata["text"]
+        if isinstance(option.default, bool):
             argument["action"] = "store_true"
-        elif one.name in ("epochs", "batch_size"):
-            text += f" ({', '.join(f'{name} {getattr(preset.recipe, one.name)}' for name, preset in PRESETS.items())})"
-        elif one.default:
-            text += f" (default: {one.default})"
-        if "choices" not in argument and not isinstance(one.default, bool):
+        elif option.name in ("epochs", "batch_size"):
+            defaults = (f"{data} {getattr(preset.recipe, option.name)}" for data, preset in PRESETS.items())
+            text += f" ({', '.join(defaults)})"
+        elif option.default:
+            text += f" (default: {option.default})"
+        if "choices" not in argument and not isinstance(option.default, bool):
             argument["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(argument.get("type", str), "NAME")
-        if one.name == "model_options":
+        if option.name == "model_options":
             argument["metavar"] = "NAME=VALUE"
-        flag = f"--{one.name.replace('_', '-')}"
-        groups[one.metadata["group"]].add_argument(flag, default=one.default, help=text, **argument)
+        flag = f"--{option.name.replace('_', '-')}"
+        groups[option.metadata["group"]].add_argument(flag, default=option.default, help=text, **argument)
 
 
 def from_arguments(arguments: argparse.Namespace) -> Config:
-    values = {one.name: getattr(arguments, one.name) for one in fields(Config)}
+    values = {option.name: getattr(arguments, option.name) for option in fields(Config)}
     values["model_options"] = parse_options(values["model_options"] or ())
     if values["milestones"] is not None:
         values["milestones"] = tuple(values["milestones"])

@@ -69,10 +69,10 @@ def load(train_images: int | None = None, *, split_seed: int = SPLIT_SEED) -> Di
 
 def _stratified(indices: range | list[int], labels: Tensor, held_out: int, seed: int) -> tuple[list[int], list[int]]:
     """`indices` without and with the held out ones, every digit in proportion."""
-    kept, held = train_test_split(
+    rest, test = train_test_split(
         list(indices), test_size=held_out, stratify=labels[list(indices)].numpy(), random_state=seed
     )
-    return kept, held
+    return rest, test
 
 
 def shift_randomly(images: Tensor, max_shift: float, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ class Ranks:
         every: list[Sequence[str]] = [lines] * self.world
         if self.world > 1:
             dist.all_gather_object(every, lines)
-        return list(dict.fromkeys(line for own in every for line in own))
+        return list(dict.fromkeys(line for rank_lines in every for line in rank_lines))
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -110,7 +110,7 @@ def processes(device: str | None = None) -> Iterator[Ranks]:
 
 
 def _meet(backend: str) -> None:
-    """Join the process group; after torchrun has restarted the processes, under names of that attempt's own.
+    """Join the process group; after torchrun has restarted the processes, under names of that attempt alone.
 
     torchrun keeps one store over its restarts, where gloo would find the addresses of processes that are gone. Several
     machines count their restarts apart, so there the plain names stay.
@@ -120,5 +120,5 @@ def _meet(backend: str) -> None:
         return
     store, rank, world = next(iter(rendezvous("env://")))
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    own = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
+    prefixed = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world)

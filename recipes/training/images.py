@@ -47,7 +47,7 @@ class Preprocess:
 
     def normalize(self, values: Tensor) -> Tensor:
         """[…, channels, H, W] from 0 to 1, normalised."""
-        mean, std = (torch.tensor(one).view(-1, 1, 1) for one in (self.mean, self.std))
+        mean, std = (torch.tensor(channels).view(-1, 1, 1) for channels in (self.mean, self.std))
         return (values - mean) / std
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.training import checkpoint
+from recipes import files
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Log:
         writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.as_dicts())
-        checkpoint.write(self._path, text.getvalue().encode())
+        files.write(self._path, text.getvalue().encode())
 
     def as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]

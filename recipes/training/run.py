@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,9 +22,10 @@ from recipes.training.config import Config, differences
 from recipes.training.data import open_source
 from recipes.training.determinism import deterministic
 from recipes.training.distributed import Ranks, processes
+from recipes.training.evaluation import Evaluation, evaluate
 from recipes.training.interrupts import Interrupts, Stopped
 from recipes.training.log import Log, Progress, Row
-from recipes.training.loop import Meter, Sums, Trainer, evaluate, set_learning_rate, train_epoch
+from recipes.training.loop import Meter, Sums, train_epoch
 from recipes.training.order import (
     epoch_order,
     evaluation_pieces,
@@ -34,9 +33,10 @@ from recipes.training.order import (
     shares,
     steps_per_epoch,
 )
+from recipes.training.run_files import RunFiles
 from recipes.training.skipped import Skipped
 from recipes.training.source import Batch, Source
-from seqconv_triton.nn.synchronize import convert_sync_batchnorm
+from recipes.training.trainer import build_trainer
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ def train(config: Config) -> Outcome:
     ImportError naming the extra for a missing package, FloatingPointError for a loss that is not finite, and Stopped
     (a KeyboardInterrupt), after saving, for Ctrl-C and SIGTERM.
     """
-    last = config.output / "last.pt"
-    if last.exists() and not config.resume:
-        raise ValueError(f"{config.output} holds a run already: go on with it (--resume), or name another --output")
-    before = checkpoint.load(last) if last.exists() else None
-    if before is not None and (changed := differences(before["config"], config.binding())):
-        raise ValueError(f"{last} was trained with other settings: {'; '.join(changed)}")
+    before = _last_state(config)
     with deterministic(config.deterministic), Interrupts() as interrupts, processes(config.device) as ranks:
         source = open_source(config, pinned=ranks.device.type == "cuda")
         try:
@@ -71,6 +66,19 @@ def train(config: Config) -> Outcome:
             return run.to_the_end()
         finally:
             source.close()
+
+
+def _last_state(config: Config) -> dict[str, Any] | None:
+    """What the run is resumed from. Raises ValueError where there is a run that is not to be resumed, or another."""
+    last = config.output / "last.pt"
+    if not last.exists():
+        return None
+    if not config.resume:
+        raise ValueError(f"{config.output} holds a run already: go on with it (--resume), or name another --output")
+    state = checkpoint.load(last)
+    if changed := differences(state["config"], config.binding()):
+        raise ValueError(f"{last} was trained with other settings: {'; '.join(changed)}")
+    return state
 
 
 class Run:
@@ -84,20 +92,10 @@ class Run:
         if not self.steps:
             raise ValueError(f"{source.train_images} training images are too few for {pieces} pieces a step")
         self.arch = config.arch(len(source.classes), source.preprocess.channels)
-        seed_everything(config.seed, "weights")
-        model = architecture.build(self.arch, device=ranks.device)
-        if config.sync_bn:
-            convert_sync_batchnorm(model)
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trainer = Trainer(
-            model, self.recipe, ranks, amp=config.amp, label_smoothing=config.label_smoothing, mixup=config.mixup,
-            ema=config.ema,
-        )  # fmt: skip
-        if config.compile:
-            model.compile()
+        self.trainer = build_trainer(config, self.arch, ranks)
         self.epoch, self.meter = 0, Meter(ranks)
         self.best_error: float | None = None
+        self.files = RunFiles(config.output)
         self.log: Log | None = None
         self._rows: list[dict[str, Any]] = []
         self.skipped = Skipped(ranks, source.unreadable)
@@ -147,13 +145,12 @@ class Run:
         """All epochs that are left."""
         config, main = self.config, self.ranks.is_main
         if main:
-            checkpoint.remove_leftovers(config.output)
+            self.files.remove_leftovers()
             self.log = Log(config.output, self._rows, tensorboard=config.tensorboard)
-            with self._writing():
+            with self.files.writing():
                 self.log.write()
         self.progress = Progress(self.recipe.epochs, self.source.train_images, shown=main and not config.quiet)
         self.progress.say(self._headline())
-        self._saved = time.monotonic()
         try:
             while self.epoch < self.recipe.epochs:
                 self._one_epoch()
@@ -182,7 +179,7 @@ class Run:
     def _one_epoch(self) -> None:
         epoch, config = self.epoch + 1, self.config
         rate = self.recipe.learning_rate_in(epoch)
-        set_learning_rate(self.trainer.optimizer, rate)
+        self.trainer.set_learning_rate(rate)
         self.meter = self._new_meter(self.meter.sums, self.meter.step)
         self.progress.begin(epoch, self.meter.sums.images)
         try:
@@ -197,8 +194,9 @@ class Run:
                 raise FloatingPointError(f"the validation loss is {result.loss} after step {self.meter.step}")
             self._check_weights()
         except FloatingPointError as error:
+            remains = self.files.what_remains()
             raise FloatingPointError(
-                f"{error} of epoch {epoch}: training has diverged; {self._kept()} (a smaller --learning-rate?)"
+                f"{error} of epoch {epoch}: training has diverged; {remains} (a smaller --learning-rate?)"
             ) from None
         row = Row(
             epoch, rate, sums.loss / sums.images, 100 * sums.wrong / sums.images, result.loss, result.error,
@@ -208,11 +206,11 @@ class Run:
         self.best_error = result.error if better else self.best_error
         self.epoch, self.meter = epoch, self._new_meter(Sums(), 0)
         if self.log is not None:
-            with self._writing():
+            with self.files.writing():
                 self.log.add(row)
                 if better:
-                    checkpoint.save(self.state(for_resuming=False), config.output / "best.pt")
-            self._save()
+                    checkpoint.save(self.state(for_resuming=False), self.files.best)
+            self.files.save(self.state())
         assert self.best_error is not None
         self.progress.say(row.line(self.recipe.epochs, self.best_error))
         if self.epoch < self.recipe.epochs:
@@ -224,14 +222,14 @@ class Run:
     def _batches(self, epoch: int) -> Iterator[tuple[Iterator[Batch], int]]:
         """This rank's pieces of the epoch's remaining global batches."""
         order = epoch_order(self.source.train_images, self.config.seed, epoch)
-        own = list(
+        remaining = list(
             shares(
                 order, self.recipe.batch_size, world=self.ranks.world, rank=self.ranks.rank,
                 accumulate=self.config.accumulate, start=self.meter.step,
             )
         )  # fmt: skip
-        loaded = self.source.train_batches(epoch, (piece for share in own for piece in share.pieces))
-        for share in own:
+        loaded = self.source.train_batches(epoch, (piece for share in remaining for piece in share.pieces))
+        for share in remaining:
             yield islice(loaded, len(share.pieces)), share.images
 
     def _after_step(self, meter: Meter) -> None:
@@ -243,12 +241,12 @@ class Run:
         self.progress.update(meter.sums.images, meter.sums.loss / meter.sums.images)
         if meter.stop:
             self._stop(meter.stop)
-        if self.ranks.is_main and (due or time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes):
+        if self.ranks.is_main and (due or self.files.minutes_since_save() > self.config.checkpoint_minutes):
             self._check_weights()
-            self._save()
+            self.files.save(self.state())
             meter.restart_clock()
 
-    def _evaluate(self) -> Any:
+    def _evaluate(self) -> Evaluation:
         ranks, averaged = self.ranks, self.trainer.averaged
         model = self.trainer.model if averaged is None else averaged.module
         ranks.share_buffers(model)
@@ -265,27 +263,10 @@ class Run:
     def _stop(self, number: int) -> None:
         if self.ranks.is_main:
             self._check_weights()
-            self._save()
-        raise Stopped(number, f"in epoch {self.epoch + 1} after step {self.meter.step}; {self._kept()}")
+            self.files.save(self.state())
+        raise Stopped(number, f"in epoch {self.epoch + 1} after step {self.meter.step}; {self.files.what_remains()}")
 
     def _check_weights(self) -> None:
         """A finite loss may still have led to a step that is not."""
         if not all(value.isfinite().all() for value in self.trainer.model.state_dict().values()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.step}")
-
-    def _save(self) -> None:
-        with self._writing():
-            checkpoint.save(self.state(), self.config.output / "last.pt")
-        self._saved = time.monotonic()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A full disk, and other errors of writing, also say what is kept."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} ({self._kept()})", error.filename) from error
-
-    def _kept(self) -> str:
-        last = self.config.output / "last.pt"
-        return f"{last} is kept, --resume goes on from it" if last.exists() else "nothing was saved yet"

@@ -11,10 +11,10 @@ LISTED = 20  # an epoch; at the end all are
 
 
 class Skipped:
-    """What has been skipped so far, a line an image, each image once; `own` is this process's growing list."""
+    """What has been skipped so far, a line an image, each image once; `unreadable` is this process's growing list."""
 
-    def __init__(self, ranks: Ranks, own: Sequence[str]) -> None:
-        self._ranks, self._own, self._taken = ranks, own, 0
+    def __init__(self, ranks: Ranks, unreadable: Sequence[str]) -> None:
+        self._ranks, self._unreadable, self._gathered = ranks, unreadable, 0
         self._lines: dict[str, None] = {}
 
     @property
@@ -23,9 +23,9 @@ class Skipped:
 
     def gather(self) -> list[str]:
         """The lines that are new since the last call, of all processes; to be called by all of them."""
-        found = self._ranks.union(self._own[self._taken :])
-        self._taken = len(self._own)
-        new = [line for line in found if line not in self._lines]
+        lines = self._ranks.union(self._unreadable[self._gathered :])
+        self._gathered = len(self._unreadable)
+        new = [line for line in lines if line not in self._lines]
         self._lines |= dict.fromkeys(new)
         return new
 

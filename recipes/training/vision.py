@@ -67,19 +67,20 @@ class VisionSource:
     ) -> None:
         self.classes, self.preprocess = tuple(classes), preprocess
         self.unreadable: list[str] = []
-        kept: Sequence[int] = range(len(train))
+        subset: Sequence[int] = range(len(train))
         if config.train_images is not None:
             if config.train_images > len(train):
                 raise ValueError(f"train_images ({config.train_images}) must be at most {len(train)}")
             generator = torch.Generator().manual_seed(0)
-            kept = sorted(torch.randperm(len(train), generator=generator)[: config.train_images].tolist())
+            subset = sorted(torch.randperm(len(train), generator=generator)[: config.train_images].tolist())
         augment = training_transform(preprocess, photographs=config.data == "imagefolder")
-        samples = Samples(train, augment, kept, seed=config.seed, replace=True)
-        shown = Samples(val, preprocess, range(len(val)), seed=config.seed, replace=False)
+        training = Samples(train, augment, subset, seed=config.seed, replace=True)
+        validation = Samples(val, preprocess, range(len(val)), seed=config.seed, replace=False)
         workers = min(8, os.cpu_count() or 1) if config.workers is None else config.workers
-        self.train_images, self.val_images = len(samples), len(shown)
+        self.train_images, self.val_images = len(training), len(validation)
         self._train, self._val = (
-            Loader(one, workers, self.unreadable, strict=config.strict, pinned=pinned) for one in (samples, shown)
+            Loader(samples, workers, self.unreadable, strict=config.strict, pinned=pinned)
+            for samples in (training, validation)
         )
 
     def train_batches(self, epoch: int, pieces: Iterable[Sequence[int]]) -> Iterator[Batch]:
