@@ -178,14 +178,6 @@ class Plan:
         """Whether this is one layer and nothing else, whose raw output others may see and add to."""
         return len(self.layers) == 1 and self.tail is None
 
-    @cached_property
-    def foldable_groups(self) -> tuple[int, ...]:
-        """Groups with nothing between their 3×3 conv and its BN and whose raw output no shortcut passes on."""
-        passed_on = {group.residual_start for group in self.groups}
-        return tuple(
-            j for j, group in enumerate(self.groups) if group.residual_start is None and self.slot(j) not in passed_on
-        )
-
     @property
     def entry_groups(self) -> int:
         """Groups of the network's first layer, at the front of the buffer; dropout leaves them alone."""

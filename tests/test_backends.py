@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -175,13 +176,14 @@ def test_evaluation_without_gradients_equals_reference(case: str) -> None:
     channels, out, k, options, (images, height, width) = LAYERS[case]
     layer = randomise(sct.SeqConv2d(channels, out, k, dtype=torch.float64, **options)).eval()
     x = torch.randn(images, channels, height, width, dtype=torch.float64)
-    parameters, statistics = layer.parameters_and_statistics()
+    norms, statistics = layer.norms()
+    call = partial(sct.ops.stage.stage, x, layer.convs(), norms, layer.plan, statistics=statistics)
     shortcut = torch.randn(images, out, height, width, dtype=torch.float64)
     for added in (None, shortcut):
         with torch.no_grad():
-            got = sct.ops.stage.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+            got = call(shortcut=added).out
             with sct.use_backend("reference"):
-                expected = sct.ops.stage.stage(x, parameters, layer.plan, statistics=statistics, shortcut=added).out
+                expected = call(shortcut=added).out
         assert error(got, expected) < TOLERANCE
 
 

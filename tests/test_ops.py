@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import seqconv_triton as sct
+from seqconv_triton.backend.contract import Needs, Norms, StageArguments
+from seqconv_triton.ops.registered import BACKWARD_NAMES, FORWARD_NAMES, FlatOutputs, flatten, named
 from seqconv_triton.plan import Plan, Tail
-from seqconv_triton.plan_text import encode
 
 facility = pytest.mark.facility("opcheck with all its tests, every op, every dtype")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -30,14 +31,13 @@ def arguments_of(case: str, training: bool, dtype: torch.dtype, keep: bool = Tru
     for name in ("reduce_weight", "transform_weight", "tail_weight"):
         if getattr(stage, name) is not None:
             setattr(stage, name, torch.nn.Parameter(getattr(stage, name).to(dtype)))
-    parameters, statistics = stage.parameters_and_statistics()
+    norms, statistics = stage.norms()
     x = torch.randn(2, plan.in_channels, 5, 4).to(dtype).requires_grad_()
     shortcut = torch.randn(2, 8, 5, 4).to(dtype).requires_grad_() if case == "layer" else None
-    mask = stage.draw_mask(x)
-    return (
-        *(x, shortcut, *parameters, *(statistics or (None,) * 4), mask),
-        *(encode(plan), 1e-5, statistics is None, keep, keep, "", "aten"),
-    )
+    if statistics == "batch":
+        norms = Norms(*(None if norm is None else norm._replace(mean=None, var=None) for norm in norms))
+    arguments = StageArguments(plan, stage.convs(), norms, statistics, mask=stage.draw_mask(x))
+    return (x, shortcut, *flatten(arguments, "", "aten").values(), keep, keep)
 
 
 @facility
@@ -65,18 +65,18 @@ def test_opcheck_inference(case: str, training: bool) -> None:
 @pytest.mark.parametrize(("dtype", "training"), [*((d, True) for d in DTYPES), (torch.float32, False)], ids=str)
 @pytest.mark.parametrize("case", STAGES)
 def test_opcheck_backward(case: str, dtype: torch.dtype, training: bool, needed: bool) -> None:
-    x, shortcut, *rest = (a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, dtype))
-    out, buffer, z, *batch, counts = torch.ops.seqconv_triton.stage_forward(x, shortcut, *rest)
-    parameters, running, (mask, plan, eps, batch_statistics, *_, backend) = rest[:7], rest[7:11], rest[11:]
-    statistics = batch if batch_statistics else running
-    if parameters[0] is None:  # basic layers have no 1×1 statistics
-        statistics = (*statistics[:2], None, None)
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments_of(case, training, dtype)]
+    result = FlatOutputs(*torch.ops.seqconv_triton.stage_forward(*arguments))
+    call = named(FORWARD_NAMES, arguments) | result._asdict() | {"needs": [needed] * len(Needs._fields)}
+    if not training:
+        call |= {
+            name: value for name, value in named(FORWARD_NAMES, arguments).items() if name.endswith(("mean", "var"))
+        }
+    call["d_out"] = torch.randn_like(result.out)
+    call["d_buffer"] = torch.randn_like(result.buffer) if needed else None
     torch.library.opcheck(
         torch.ops.seqconv_triton.stage_backward.default,
-        (
-            *(torch.randn_like(out), torch.randn_like(buffer) if needed else None, buffer, z, *parameters),
-            *(*statistics, mask, counts, plan, eps, batch_statistics, shortcut is not None, "", [needed] * 9, backend),
-        ),
+        tuple(call[name] for name in BACKWARD_NAMES),
         atol=torch.finfo(dtype).eps * 100,
         rtol=torch.finfo(dtype).eps * 100,
     )

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqconv_triton as sct
+from seqconv_triton.backend.contract import Needs
+from seqconv_triton.ops.registered import BACKWARD_NAMES, named
 from seqconv_triton.plan import Plan, Tail
 
 facility = pytest.mark.facility
@@ -151,11 +153,11 @@ class BackwardNeeds(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.needs: list[list[bool]] = []
+        self.needs: list[Needs] = []
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func is torch.ops.seqconv_triton.stage_backward.default:
-            self.needs.append(next(a for a in args if isinstance(a, list)))
+            self.needs.append(Needs(*named(BACKWARD_NAMES, args)["needs"]))
         return func(*args, **(kwargs or {}))
 
 
@@ -171,7 +173,7 @@ def test_frozen_stage(number: int) -> None:
         assert torch.equal(value, free[name]), name
     with BackwardNeeds() as seen:
         model(x).sum().backward()
-    weights = [(needs[2], needs[5], needs[8]) for needs in reversed(seen.needs)]  # the last stage comes first
+    weights = [needs[2:] for needs in reversed(seen.needs)]  # the last stage comes first
     assert weights == [(i != number,) * 3 for i in range(3)]
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)

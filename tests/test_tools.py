@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
+from seqconv_triton.backend.contract import Convs, Norms, StageArguments
+from seqconv_triton.ops.registered import flatten
 from seqconv_triton.plan import Plan, Tail
-from seqconv_triton.plan_text import encode
 
 facility = pytest.mark.facility
 
@@ -101,6 +102,13 @@ def test_two_runs_give_the_same_bits(place: torch.device) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def training_call(stage: sct.Stage, x: Tensor, group: str, backend: str) -> tuple[object, ...]:
+    """The forward op's arguments for a training step, conv weights in x's dtype."""
+    convs = Convs(*(weight.detach().to(x.dtype).requires_grad_() for weight in stage.convs()))
+    norms = Norms(*(norm._replace(mean=None, var=None) for norm in stage.norms()[0]))
+    return (x, None, *flatten(StageArguments(stage.plan, convs, norms), group, backend).values(), True, True)
+
+
 @facility("opcheck with all its tests, every op, every dtype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck_stem(dtype: torch.dtype) -> None:
@@ -134,12 +142,10 @@ def test_opcheck_over_ranks(group: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.seqconv_triton.sum_over_ranks.default, (own, group))
     stage = randomise(sct.Stage(Plan.stage(4, 4, 1, tail=Tail(4, 1))))
     stage = stage.double() if dtype == torch.float64 else stage
-    parameters, _ = stage.parameters_and_statistics()
-    cast = [p if "norm" in n else p.detach().to(dtype).requires_grad_() for n, p in parameters._asdict().items()]
     x = torch.randn(2, 4, 2, 3).to(dtype).requires_grad_()
     torch.library.opcheck(
         torch.ops.seqconv_triton.stage_forward.default,
-        (x, None, *cast, *(None,) * 5, encode(stage.plan), 1e-5, True, True, True, group, "aten"),
+        training_call(stage, x, group, "aten"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
 
@@ -149,15 +155,10 @@ def test_opcheck_over_ranks(group: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("place", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 def test_opcheck_stage(place: torch.device, dtype: torch.dtype) -> None:
     stage = randomise(sct.Stage(Plan.stage(4, 4, 1, tail=Tail(4, 1)))).to(place)
-    parameters, _ = stage.parameters_and_statistics()
-    cast: list[Tensor | None] = [
-        p if p is None or "norm" in name else p.detach().to(dtype).requires_grad_()
-        for name, p in zip(parameters._fields, parameters, strict=True)
-    ]
     x = torch.randn(2, 4, 2, 3, device=place).to(dtype).requires_grad_()
     torch.library.opcheck(
         torch.ops.seqconv_triton.stage_forward.default,
-        (x, None, *cast, *(None,) * 5, encode(stage.plan), 1e-5, True, True, True, "", "triton"),
+        training_call(stage, x, "", "triton"),
         atol=torch.finfo(dtype).eps * 100, rtol=torch.finfo(dtype).eps * 100,
     )  # fmt: skip
 

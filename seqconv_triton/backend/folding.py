@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.aten.parts import norms, window_rows
-from seqconv_triton.backend.contract import StageParameters, Statistics
-from seqconv_triton.backend.packing import transform_weights
+from seqconv_triton.backend.contract import NormVectors, StageArguments
+from seqconv_triton.backend.packing import reduce_matrices, transform_weights
 from seqconv_triton.plan import Plan
 
 # (weight, j, plan, scale): group j's weight times its scale, if there is one.
@@ -20,6 +19,22 @@ Place = Callable[[Tensor, int, Plan, Tensor | None], Tensor]
 
 def scaled(weight: Tensor, j: int, plan: Plan, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight * scale
+
+
+def foldable_groups(plan: Plan) -> frozenset[int]:
+    """Groups with nothing between their 3×3 conv and its BN and whose raw output no shortcut passes on."""
+    passed_on = {group.residual_start for group in plan.groups}
+    return frozenset(
+        j for j, group in enumerate(plan.groups) if group.residual_start is None and plan.slot(j) not in passed_on
+    )
+
+
+def scale_and_shift(norm: NormVectors, eps: float) -> tuple[Tensor, Tensor]:
+    """With BN(x) = scale·x + shift, of known statistics."""
+    if norm.mean is None or norm.var is None:
+        return norm.weight, norm.bias
+    scale = norm.weight * (norm.var + eps).rsqrt()
+    return scale, norm.bias - scale * norm.mean
 
 
 class GroupWeights(NamedTuple):
@@ -39,39 +54,28 @@ class Folding:
     order in which the caller keeps windows.
     """
 
-    def __init__(
-        self,
-        parameters: StageParameters,
-        statistics: Statistics,
-        plan: Plan,
-        eps: float,
-        dtype: torch.dtype,
-        added: bool,
-        place: Place = scaled,
-    ) -> None:
-        self.plan, self.place, k = plan, place, plan.group_width
-        self.done = statistics.mean is None  # by `fuse`
+    def __init__(self, stage: StageArguments, dtype: torch.dtype, added: bool, place: Place = scaled) -> None:
+        self.plan, self.place = stage.plan, place
+        plan, k = stage.plan, stage.plan.group_width
+        self.done = stage.statistics == "folded"  # by `fuse`
         # `fuse` leaves room for the shortcut that a single layer may be given.
-        self.foldable = (
-            frozenset() if added or (self.done and plan.is_single_layer) else frozenset(plan.foldable_groups)
-        )
-        norm, reduce_norm = norms(parameters, statistics, eps, batch=False)
-        scale, shift = (vector.to(dtype) for vector in norm.fold())
+        self.foldable = frozenset() if added or (self.done and plan.is_single_layer) else foldable_groups(plan)
+        scale, shift = (vector.to(dtype) for vector in scale_and_shift(stage.norms.main, stage.eps))
         missing = plan.total_channels - plan.normalized_channels
         # [buffer channels], also of an already activated input, where they are not used.
         self.scale, self.shift = (F.pad(vector, (missing, 0)) if missing else vector for vector in (scale, shift))
-        self.reduce = window_rows(parameters.reduce_weight, plan)
-        self.reduce_norm: list[tuple[Tensor, Tensor]] = []
-        if reduce_norm is not None:
-            scales, shifts = (vector.to(dtype).split(k) for vector in reduce_norm.fold())
-            self.reduce_norm = list(zip(scales, shifts, strict=True))
-        self.transform = transform_weights(parameters.transform_weight, plan)
+        self.reduce = reduce_matrices(stage.convs.reduce, plan)
+        self.inner: list[tuple[Tensor, Tensor]] = []
+        if stage.norms.inner is not None:
+            scales, shifts = (vector.to(dtype).split(k) for vector in scale_and_shift(stage.norms.inner, stage.eps))
+            self.inner = list(zip(scales, shifts, strict=True))
+        self.transform = transform_weights(stage.convs.transform, plan)
 
     def group(self, j: int) -> GroupWeights:
         plan, reduce, reduce_shift = self.plan, None, None
-        if self.reduce_norm:
-            own, reduce_shift = self.reduce_norm[j]
-            reduce = self.place(self.reduce[j], j, plan, None if self.done else own[:, None])
+        if self.inner:
+            reduce_scale, reduce_shift = self.inner[j]
+            reduce = self.place(self.reduce[j], j, plan, None if self.done else reduce_scale[:, None])
         factor = transform_shift = None
         if j in self.foldable:
             channels = slice(plan.slot(j), plan.slot(j) + plan.group_width)

@@ -24,6 +24,11 @@ def window_weights(weight: Tensor, plan: Plan, kernel_size: int) -> tuple[Tensor
     return tuple(part.view(k, -1, kernel_size, kernel_size) for part in parts)
 
 
+def reduce_matrices(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    """Views of the 1×1 weights as matrices [k, window], one a group; none in basic layers."""
+    return () if weight is None else tuple(w.flatten(1) for w in window_weights(weight, plan, 1))
+
+
 def transform_weights(weight: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """Views of the 3×3 weights, one a group: [k, k/s, 3, 3], or [k, window, 3, 3] in basic layers."""
     if not plan.bottleneck:

@@ -35,8 +35,8 @@ class AcrossRanks(NamedTuple):
     def meet(cls, name: str, x: Tensor) -> AcrossRanks:
         """Every rank of the named group tells the others how many pixels x [N, C, H, W] has."""
         group = process_group(name)
-        own = x.new_full((1,), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64)
-        return cls(group, _gather(own, group).view(-1))
+        own = x.new_full((), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64)
+        return cls(group, _gather(own, group))
 
     def statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance over all ranks from each rank's own (Chan et al., 1983), in the order of ranks."""

@@ -17,26 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend import ranks as across_ranks
-from seqconv_triton.backend.contract import FOLDED, StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.contract import BatchStatistics, Convs, NormVectors, StageArguments, StageOutput
 from seqconv_triton.backend.packing import group_masks, transform_weights, window_weights
 from seqconv_triton.plan import Layer, Plan
 
 
 class Norm:
-    """The packed BNs of a stage, handed out in order: batch statistics are noted down, running ones are applied."""
+    """The packed BNs of a stage, handed out in order; batch statistics are noted down.
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
-        folded: bool,
-        group: str,
-    ) -> None:
-        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
-        self.folded, self.group = folded, group
+    With the name of a process group they are those of all its ranks.
+    """
+
+    def __init__(self, vectors: NormVectors, stage: StageArguments, group: str) -> None:
+        self.weight, self.bias, self.mean, self.var = vectors
+        self.mode, self.eps, self.group = stage.statistics, stage.eps, group
         self.count: Tensor | None = None
         self.start = 0
         self.batch: list[tuple[Tensor, Tensor]] = []
@@ -46,11 +40,12 @@ class Norm:
         channels = slice(self.start, self.start + raw.shape[1])
         self.start = channels.stop
         weight, bias = self.weight[channels], self.bias[channels]
-        if self.mean is not None and self.var is not None:
+        if self.mode == "running":
+            assert self.mean is not None and self.var is not None
             return F.relu(
                 F.batch_norm(raw, self.mean[channels], self.var[channels], weight, bias, False, 0.0, self.eps)
             )
-        if self.folded:
+        if self.mode == "folded":
             scale, shift = weight.to(raw.dtype), bias.to(raw.dtype)
             return F.relu(raw * scale[:, None, None] + shift[:, None, None])
         if self.group:
@@ -71,10 +66,9 @@ class Norm:
 class Groups:
     """The weights of a stage's groups, in order."""
 
-    def __init__(self, parameters: StageParameters, plan: Plan, mask: Tensor | None) -> None:
-        reduce = parameters.reduce_weight
-        self.reduce: Iterator[Tensor] = iter(() if reduce is None else window_weights(reduce, plan, 1))
-        self.transform = iter(transform_weights(parameters.transform_weight, plan))
+    def __init__(self, convs: Convs, plan: Plan, mask: Tensor | None) -> None:
+        self.reduce: Iterator[Tensor] = iter(() if convs.reduce is None else window_weights(convs.reduce, plan, 1))
+        self.transform = iter(transform_weights(convs.transform, plan))
         self.mask: Iterator[Tensor] = iter(() if mask is None else group_masks(mask, plan))
         self.subgroups = plan.subgroups if plan.bottleneck else 1
 
@@ -91,7 +85,7 @@ def last_channels(features: list[Tensor], count: int) -> Tensor:
 
 
 def seqconv(
-    x: Tensor, shortcut: Tensor | None, layer: Layer, k: int, groups: Groups, norm: Norm, reduce_norm: Norm | None
+    x: Tensor, shortcut: Tensor | None, layer: Layer, k: int, groups: Groups, norm: Norm, inner: Norm | None
 ) -> tuple[Tensor, Tensor]:
     """One (W)SeqConv(B) layer on an activated x: its raw and its activated output."""
     features, raws = [x], []
@@ -100,8 +94,8 @@ def seqconv(
         mask = next(groups.mask, None)
         if mask is not None:
             seen = seen * mask[:, :, None, None]
-        if reduce_norm is not None:
-            seen = reduce_norm.activate(F.conv2d(seen, next(groups.reduce)))
+        if inner is not None:
+            seen = inner.activate(F.conv2d(seen, next(groups.reduce)))
         raw = F.conv2d(seen, next(groups.transform), padding=1, groups=groups.subgroups)
         if shortcut is not None:
             raw = raw + shortcut[:, i * k : (i + 1) * k]
@@ -110,27 +104,13 @@ def seqconv(
     return torch.cat(raws, 1), torch.cat(features[1:], 1)
 
 
-def stage(
-    x: Tensor,
-    shortcut: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics | None,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    keep_buffer: bool,
-    group: str,
-) -> StageOutput:
-    """All layers of a stage, then its tail. `statistics` None means the batch's, with `group` that of all its ranks."""
-    running = FOLDED if statistics is None else statistics
-    kind = statistics is not None and statistics.mean is None, group if statistics is None else ""
-    norm = Norm(parameters.norm_weight, parameters.norm_bias, running[0], running[1], eps, *kind)
-    reduce_norm = None
-    if parameters.reduce_norm_weight is not None and parameters.reduce_norm_bias is not None:
-        reduce_norm = Norm(
-            parameters.reduce_norm_weight, parameters.reduce_norm_bias, running[2], running[3], eps, *kind
-        )
-    groups = Groups(parameters, plan, mask)
+def stage(x: Tensor, shortcut: Tensor | None, arguments: StageArguments, keep_buffer: bool, group: str) -> StageOutput:
+    """All layers of a stage, then its tail; with the name of a process group, a batch is that of all its ranks."""
+    plan, convs, norms = arguments.plan, arguments.convs, arguments.norms
+    norm = Norm(norms.main, arguments, group)
+    inner = None if norms.inner is None else Norm(norms.inner, arguments, group)
+    mask = None if arguments.mask is None else arguments.mask.to(x.dtype)
+    groups = Groups(convs, plan, mask)
 
     raw, activated = x, norm.activate(x) if plan.raw_input else x
     block_input = shortcut if shortcut is not None else raw
@@ -138,20 +118,19 @@ def stage(
     for layer in plan.layers:
         added = shortcut if shortcut is not None else block_input if layer.residual else None
         block_input = raw
-        raw, activated = seqconv(activated, added, layer, plan.group_width, groups, norm, reduce_norm)
+        raw, activated = seqconv(activated, added, layer, plan.group_width, groups, norm, inner)
         raws.append(raw)
         outputs.append(activated)
 
     out = last_channels(outputs, plan.read_channels)
-    if plan.tail is not None and parameters.tail_weight is not None:
+    if plan.tail is not None and convs.tail is not None:
         tail_mask = next(groups.mask, None)
         if tail_mask is not None:
             out = out * tail_mask[:, :, None, None]
         out = torch.cat([out] * plan.tail.repeats, 1) if plan.tail.repeats > 1 else out
         padding = plan.tail.kernel_size // 2
-        out = F.conv2d(out, parameters.tail_weight, None, plan.tail.stride, padding, 1, plan.tail.groups)
+        out = F.conv2d(out, convs.tail, None, plan.tail.stride, padding, 1, plan.tail.groups)
     batch = None
-    if statistics is None:
-        reduce_mean, reduce_var = reduce_norm.statistics() if reduce_norm is not None else (None, None)
-        batch = Statistics(*norm.statistics(), reduce_mean, reduce_var)
+    if arguments.statistics == "batch":
+        batch = BatchStatistics(*norm.statistics(), *((None, None) if inner is None else inner.statistics()))
     return StageOutput(out, torch.cat(raws, 1) if keep_buffer else None, batch, norm.count)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.contract import StageParameters, Statistics
+from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding
 from seqconv_triton.backend.packing import group_masks
-from seqconv_triton.plan import Plan
 
 
 class Features:
@@ -31,18 +30,11 @@ class Features:
         return own[0] if len(own) == 1 else torch.cat(own, 1)
 
 
-def evaluate(
-    x: Tensor,
-    shortcut: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-) -> Tensor:
-    """What `functional.stage` gives with known statistics."""
+def evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments) -> Tensor:
+    """What `ops.stage` gives with known statistics."""
+    plan, mask = stage.plan, stage.mask
     k = plan.group_width
-    folding = Folding(parameters, statistics, plan, eps, x.dtype, shortcut is not None)
+    folding = Folding(stage, x.dtype, shortcut is not None)
     missing = plan.total_channels - plan.normalized_channels
     sizes = [plan.in_channels] + [k] * len(plan.groups)
     scales, shifts = (v[:, None, None].split(sizes) for v in (folding.scale, folding.shift))
@@ -72,7 +64,7 @@ def evaluate(
         return out
     if masks is not None:
         out = out * masks[-1][:, :, None, None]
-    assert parameters.tail_weight is not None
+    assert stage.convs.tail is not None
     tail = plan.tail
     out = torch.cat([out] * tail.repeats, 1) if tail.repeats > 1 else out
-    return F.conv2d(out, parameters.tail_weight, None, tail.stride, tail.kernel_size // 2, 1, tail.groups)
+    return F.conv2d(out, stage.convs.tail, None, tail.stride, tail.kernel_size // 2, 1, tail.groups)

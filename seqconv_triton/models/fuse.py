@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.nn.layers import Affine, PackedSeqConv
@@ -101,7 +102,7 @@ def _fold_packed(module: PackedSeqConv) -> None:
     assert module.transform_weight is not None
     transform = transform_weights(module.transform_weight, plan)
     missing = plan.total_channels - plan.normalized_channels
-    for j in plan.foldable_groups:
+    for j in foldable_groups(plan):
         scale = norm.weight[plan.slot(j) - missing :][:k]
         transform[j].mul_(scale[:, None, None, None])
         scale.fill_(1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton.backend.contract import FOLDED, StageOutput, StageParameters, Statistics
+from seqconv_triton.backend.contract import Convs, Norms, NormVectors, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.backend.ranks import batch_norm, group_name
 from seqconv_triton.ops import stage as functional
@@ -99,40 +99,28 @@ class PackedSeqConv(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def parameters_and_statistics(self) -> tuple[StageParameters, Statistics | None]:
-        """What `functional.stage` takes; the running statistics are left out where the batch's are to be used."""
+    def convs(self) -> Convs:
+        """The conv weights as `ops.stage` takes them."""
+        assert self.transform_weight is not None
+        return Convs(self.reduce_weight, self.transform_weight, self.tail_weight)
+
+    def norms(self) -> tuple[Norms, StatisticsMode]:
+        """The BNs as `ops.stage` takes them, and which statistics they normalise with."""
         norm, reduce_norm = self.norm, self.reduce_norm
         if isinstance(norm, Affine) != isinstance(reduce_norm, Affine) and reduce_norm is not None:
             raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
         if reduce_norm is not None and takes_batch_statistics(reduce_norm) != takes_batch_statistics(norm):
             raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
-        assert self.transform_weight is not None
-        parameters = StageParameters(
-            self.reduce_weight,
-            None if reduce_norm is None else reduce_norm.weight,
-            None if reduce_norm is None else reduce_norm.bias,
-            self.transform_weight,
-            norm.weight,
-            norm.bias,
-            self.tail_weight,
-        )
-        if isinstance(norm, Affine):
-            return parameters, FOLDED
-        if takes_batch_statistics(norm):
-            return parameters, None
-        assert reduce_norm is None or not isinstance(reduce_norm, Affine)
-        if reduce_norm is None:
-            return parameters, Statistics(norm.running_mean, norm.running_var, None, None)
-        return parameters, Statistics(
-            norm.running_mean, norm.running_var, reduce_norm.running_mean, reduce_norm.running_var
-        )
+        norms = Norms(_vectors(norm), None if reduce_norm is None else _vectors(reduce_norm))
+        return norms, "folded" if isinstance(norm, Affine) else "batch" if takes_batch_statistics(norm) else "running"
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
-        """`functional.stage` with this module's parameters; updates the running statistics in training."""
-        parameters, statistics = self.parameters_and_statistics()
+        """`ops.stage` with this module's parameters; updates the running statistics in training."""
+        norms, statistics = self.norms()
         output = functional.stage(
             x,
-            parameters,
+            self.convs(),
+            norms,
             self.plan,
             statistics=statistics,
             shortcut=shortcut,
@@ -147,7 +135,7 @@ class PackedSeqConv(nn.Module):
             count = own if output.counts is None else output.counts.sum()
             taken = output.statistics
             update_running(self.norm, taken.mean, taken.var, count)
-            update_running(self.reduce_norm, taken.reduce_mean, taken.reduce_var, count)
+            update_running(self.reduce_norm, taken.inner_mean, taken.inner_var, count)
         return output
 
     def ranks(self) -> str:
@@ -267,6 +255,12 @@ class Stage(PackedSeqConv):
 
 def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:
     return None if shape is None else nn.Parameter(torch.empty(shape, **where))
+
+
+def _vectors(norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine) -> NormVectors:
+    if isinstance(norm, Affine):
+        return NormVectors(norm.weight, norm.bias)
+    return NormVectors(norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
 def takes_batch_statistics(norm: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from seqconv_triton.backend.contract import Needs
+from seqconv_triton.ops.registered import BACKWARD_NAMES, FORWARD_NAMES, named
 from seqconv_triton.plan_text import decode
 
 
@@ -33,31 +35,33 @@ def _register() -> dict[Any, Callable[..., int]]:
     from torch.utils import flop_counter
 
     ops = torch.ops.seqconv_triton
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         ops.stage_forward: stage_forward,
         ops.stage_backward: stage_backward,
         ops.stem_conv: stem_conv,
         ops.stem_conv_backward: stem_conv_backward,
     }
     for op, formula in formulas.items():
-        flop_counter.register_flop_formula(op)(formula)  # type: ignore[arg-type]
+        flop_counter.register_flop_formula(op)(formula)
     return {op: flop_counter.flop_registry[op] for op in formulas}
 
 
 # Tensors arrive as their shapes.
-def stage_forward(x: list[int], *arguments: Any, **_: Any) -> int:
-    plan = decode(next(a for a in arguments if isinstance(a, str)))
-    return 2 * x[0] * sum(plan.multiply_adds(x[2], x[3]))
+def stage_forward(*arguments: Any, **_: Any) -> int:
+    call = named(FORWARD_NAMES, arguments)
+    images, _channels, height, width = call["x"]
+    return 2 * images * sum(decode(call["plan"]).multiply_adds(height, width))
 
 
-def stage_backward(d_out: Any, d_buffer: Any, buffer: list[int], z: list[int], *arguments: Any, **_: Any) -> int:
+def stage_backward(*arguments: Any, **_: Any) -> int:
     """The gradient of every conv's input, of the weights that are not frozen, and z again where it was not kept."""
-    plan = decode(next(a for a in arguments if isinstance(a, str)))
-    needs = next(a for a in arguments if isinstance(a, list) and a and isinstance(a[0], bool))
-    reduce, transform, tail = plan.multiply_adds(buffer[2], buffer[3])
-    weights = needs[2] * reduce + needs[5] * transform + needs[8] * tail
-    again = reduce if math.prod(z) == 0 else 0
-    return 2 * buffer[0] * (reduce + transform + tail + weights + again)
+    call = named(BACKWARD_NAMES, arguments)
+    images, _channels, height, width = call["buffer"]
+    needs = Needs(*call["needs"])
+    reduce, transform, tail = decode(call["plan"]).multiply_adds(height, width)
+    weights = needs.reduce_weight * reduce + needs.transform_weight * transform + needs.tail_weight * tail
+    again = reduce if math.prod(call["z"]) == 0 else 0
+    return 2 * images * (reduce + transform + tail + weights + again)
 
 
 def stem_conv(x: Any, weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:

@@ -1,30 +1,40 @@
 """The registered ops: one functional op for a stage and one for its backward; a layer is a stage of one layer.
 
 The buffer is born inside the op and leaves it as an output; nothing is mutated and nothing aliases, so that
-torch.compile finds one opaque node a stage. `functional.stage` is what calls them.
+torch.compile finds one opaque node a stage. An op's arguments are flat: `flatten` and `unflatten` turn a stage into
+them and back, by the names of the schema. `stage.py` is what calls them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten import memory as aten_memory
 from seqconv_triton.backend.aten import training as aten
-from seqconv_triton.backend.contract import StageGradients, StageParameters, Statistics, WantedGradients
-from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
+from seqconv_triton.backend.contract import (
+    BatchStatistics,
+    Convs,
+    ForwardOutputs,
+    FusedBackend,
+    Gradients,
+    Needs,
+    Norms,
+    NormVectors,
+    StageArguments,
+    empty_gradients,
+    empty_outputs,
+)
 from seqconv_triton.backend.ranks import AcrossRanks, process_group
 from seqconv_triton.plan import Plan
-from seqconv_triton.plan_text import decode
+from seqconv_triton.plan_text import decode, encode
 
 
-def implementation(name: str) -> Any:
-    """The module of a fused backend; Triton is imported only when it is asked for."""
+def implementation(name: str) -> FusedBackend:
+    """A fused backend; Triton is imported only when it is asked for."""
     if name == "triton":
         from seqconv_triton.backend.triton import forward as triton
 
@@ -32,7 +42,78 @@ def implementation(name: str) -> Any:
     return aten
 
 
-PARAMETERS = len(StageParameters._fields)
+# What both directions take; `mean` and `var` in the backward pass are the batch's where the forward pass took those.
+TENSORS = (
+    "Tensor? reduce_weight, Tensor transform_weight, Tensor? tail_weight, "
+    "Tensor norm_weight, Tensor norm_bias, Tensor? norm_mean, Tensor? norm_var, "
+    "Tensor? reduce_norm_weight, Tensor? reduce_norm_bias, Tensor? reduce_norm_mean, Tensor? reduce_norm_var, "
+    "Tensor? mask"
+)
+CONSTANTS = "str plan, str statistics, float eps, str group, str backend"
+
+
+def _names(schema: str) -> tuple[str, ...]:
+    return tuple(argument.split()[1] for argument in schema.split(", "))
+
+
+TENSOR_NAMES, CONSTANT_NAMES = _names(TENSORS), _names(CONSTANTS)
+FORWARD_NAMES = ("x", "shortcut", *TENSOR_NAMES, *CONSTANT_NAMES, "keep", "keep_inner")
+BACKWARD_NAMES = ("d_out", "d_buffer", "buffer", "z", *TENSOR_NAMES, "counts", *CONSTANT_NAMES, "needs")
+
+
+class FlatOutputs(NamedTuple):
+    """What the forward op returns; what is not there has no elements. `counts`: every rank's number of pixels."""
+
+    out: Tensor
+    buffer: Tensor
+    z: Tensor
+    norm_mean: Tensor
+    norm_var: Tensor
+    reduce_norm_mean: Tensor
+    reduce_norm_var: Tensor
+    counts: Tensor  # float64 [ranks]
+
+
+def named(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """An op's flat arguments by the names of its schema."""
+    return dict(zip(names, arguments, strict=True))
+
+
+def flatten(stage: StageArguments, group: str, backend: str) -> dict[str, Any]:
+    """A stage as the flat arguments that both ops take."""
+    convs, (main, inner) = stage.convs, stage.norms
+    inner_vectors = (None,) * 4 if inner is None else inner
+    constants = encode(stage.plan), stage.statistics, stage.eps, group, backend
+    values = (*convs, *main, *inner_vectors, stage.mask, *constants)
+    return named(TENSOR_NAMES + CONSTANT_NAMES, values)
+
+
+def unflatten(call: dict[str, Any]) -> StageArguments:
+    """The inverse of `flatten`."""
+    convs = Convs(call["reduce_weight"], call["transform_weight"], call["tail_weight"])
+    main, inner = (
+        NormVectors(*(call[f"{norm}_{vector}"] for vector in NormVectors._fields)) for norm in ("norm", "reduce_norm")
+    )
+    norms = Norms(main, None if call["reduce_norm_weight"] is None else inner)
+    return StageArguments(decode(call["plan"]), convs, norms, call["statistics"], call["eps"], call["mask"])
+
+
+def run_stage(
+    x: Tensor, shortcut: Tensor | None, stage: StageArguments, keep: bool, keep_inner: bool, group: str, backend: str
+) -> tuple[ForwardOutputs, Tensor | None]:
+    """The forward op, and the counts of the group's ranks where statistics are theirs; differentiable."""
+    result = FlatOutputs(
+        *torch.ops.seqconv_triton.stage_forward(
+            x=x, shortcut=shortcut, **flatten(stage, group, backend), keep=keep, keep_inner=keep_inner
+        )
+    )
+    statistics = None
+    if stage.statistics == "batch":
+        inner = (result.reduce_norm_mean, result.reduce_norm_var) if stage.norms.inner is not None else (None, None)
+        statistics = BatchStatistics(result.norm_mean, result.norm_var, *inner)
+    z = result.z if keep_inner and stage.plan.bottleneck else None
+    outputs = ForwardOutputs(result.out, result.buffer if keep else None, z, statistics)
+    return outputs, result.counts if group and statistics is not None else None
 
 
 def profiled(what: str, plan: Plan) -> AbstractContextManager[Any]:
@@ -41,186 +122,97 @@ def profiled(what: str, plan: Plan) -> AbstractContextManager[Any]:
     return torch.profiler.record_function(text)
 
 
-def _allocate_forward(
-    x: Tensor,
-    plan: Plan,
-    batch_statistics: bool,
-    keep: bool,
-    keep_inner: bool,
-    group: str,
-    empty_strided: Callable[..., Tensor] = Tensor.new_empty_strided,
-) -> list[Tensor]:
-    """out, buffer, z, four statistics and the ranks' counts, uninitialised; what is not kept has no elements.
-
-    `empty_strided` gives the memory for what is kept.
-    """
-    images, _, height, width = x.shape
-    groups, k = len(plan.groups), plan.group_width
-    out = empty_channels_last(x, plan.out_channels, plan.out_size(height), plan.out_size(width))
-    buffer, z = x.new_empty(0), x.new_empty(0)
-    if keep:
-        buffer = empty_channels_last(x, plan.total_channels, height, width, empty_strided)
-    if keep_inner and plan.bottleneck:
-        strides = (images * height * width * k, height * width * k, width * k, k, 1)
-        z = empty_strided(x, (groups, images, height, width, k), strides)
-    precise = statistics_dtype(x.dtype)
-    sizes = [plan.normalized_channels] * 2 + [groups * k if plan.bottleneck else 0] * 2
-    statistics = [x.new_empty(size if batch_statistics else 0, dtype=precise) for size in sizes]
-    ranks = process_group(group).size() if group and batch_statistics else 0
-    return [out, buffer, z, *statistics, x.new_empty(ranks, dtype=torch.float64)]
+def _flat_outputs(outputs: ForwardOutputs, counts: Tensor | None) -> tuple[Tensor, ...]:
+    tensors = (*outputs[:3], *(outputs.statistics or (None,) * 4), counts)
+    return tuple(outputs.out.new_empty(0) if t is None else t for t in tensors)
 
 
-@torch.library.custom_op("seqconv_triton::stage_forward", mutates_args=())
-def stage_forward(
-    x: Tensor,
-    shortcut: Tensor | None,
-    reduce_weight: Tensor | None,
-    reduce_norm_weight: Tensor | None,
-    reduce_norm_bias: Tensor | None,
-    transform_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    tail_weight: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    reduce_mean: Tensor | None,
-    reduce_var: Tensor | None,
-    mask: Tensor | None,
-    plan: str,
-    eps: float,
-    batch_statistics: bool,
-    keep: bool,
-    keep_inner: bool,
-    group: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    decoded = decode(plan)
-    if not keep:
-        aten_memory.release(norm_weight)
-    out, buffer, z, *batch, counts = _allocate_forward(
-        x, decoded, batch_statistics, keep, keep_inner, group, partial(aten_memory.empty_strided, norm_weight)
-    )
-    parameters = StageParameters(
-        reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
-    )
-    statistics = Statistics(*batch) if batch_statistics else Statistics(mean, var, reduce_mean, reduce_var)
-    if x.numel():
-        # Triton launches on the current device.
-        with torch.cuda.device_of(x), profiled("stage_forward", decoded):
-            across = None
-            if group and batch_statistics:
-                across = AcrossRanks.meet(group, x)
-                counts.copy_(across.counts)
-            implementation(backend).stage_forward(
-                x, shortcut, parameters, statistics, batch_statistics, mask, decoded, eps,
-                out, buffer if keep else None, z if keep_inner and decoded.bottleneck else None, across,
-            )  # fmt: skip
-    return out, buffer, z, *batch, counts  # type: ignore[return-value]
+@torch.library.custom_op(
+    "seqconv_triton::stage_forward",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? shortcut, {TENSORS}, {CONSTANTS}, bool keep, bool keep_inner) "
+    f"-> ({', '.join(['Tensor'] * len(FlatOutputs._fields))})",
+)
+def stage_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = named(FORWARD_NAMES, arguments)
+    x: Tensor = call["x"]
+    if x.numel() == 0:
+        return _fake_forward(*arguments)
+    stage = unflatten(call)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x), profiled("stage_forward", stage.plan):
+        if call["group"] and stage.statistics == "batch":
+            stage = stage._replace(ranks=AcrossRanks.meet(call["group"], x))
+        outputs = implementation(call["backend"]).forward(
+            x, call["shortcut"], stage, keep=call["keep"], keep_inner=call["keep_inner"]
+        )
+    return _flat_outputs(outputs, None if stage.ranks is None else stage.ranks.counts)
 
 
 @stage_forward.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    plan, _, batch_statistics, keep, keep_inner, group, _ = arguments[-7:]
-    return tuple(_allocate_forward(x, decode(plan), batch_statistics, keep, keep_inner, group))
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = named(FORWARD_NAMES, arguments)
+    x, stage, counts = call["x"], unflatten(call), None
+    if call["group"] and stage.statistics == "batch":
+        counts = x.new_empty(process_group(call["group"]).size(), dtype=torch.float64)
+    return _flat_outputs(empty_outputs(x, stage, keep=call["keep"], keep_inner=call["keep_inner"]), counts)
 
 
-def _allocate_backward(
-    buffer: Tensor, parameters: StageParameters, plan: Plan, has_shortcut: bool, needs: list[bool]
-) -> list[Tensor]:
-    """Gradients of x, shortcut and every parameter; what is not needed has no elements."""
-    _, _, height, width = buffer.shape
-    gradients = [buffer.new_empty(0), buffer.new_empty(0)]
-    if needs[0]:
-        gradients[0] = empty_channels_last(buffer, plan.in_channels, height, width)
-    if needs[1] and has_shortcut:
-        gradients[1] = empty_channels_last(buffer, len(plan.groups) * plan.group_width, height, width)
-    for name, parameter, needed in zip(parameters._fields, parameters, needs[2:], strict=True):
-        wanted = parameter is not None and (needed or "norm" in name)
-        gradients.append(torch.empty_like(parameter) if wanted else buffer.new_empty(0))  # type: ignore[arg-type]
-    return gradients
+def _flat_gradients(gradients: Gradients, buffer: Tensor) -> tuple[Tensor, ...]:
+    return tuple(buffer.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-@torch.library.custom_op("seqconv_triton::stage_backward", mutates_args=())
-def stage_backward(
-    d_out: Tensor | None,
-    d_buffer: Tensor | None,
-    buffer: Tensor,
-    z: Tensor,
-    reduce_weight: Tensor | None,
-    reduce_norm_weight: Tensor | None,
-    reduce_norm_bias: Tensor | None,
-    transform_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    tail_weight: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    reduce_mean: Tensor | None,
-    reduce_var: Tensor | None,
-    mask: Tensor | None,
-    counts: Tensor,
-    plan: str,
-    eps: float,
-    batch_statistics: bool,
-    has_shortcut: bool,
-    group: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    decoded = decode(plan)
-    parameters = StageParameters(
-        reduce_weight, reduce_norm_weight, reduce_norm_bias, transform_weight, norm_weight, norm_bias, tail_weight
-    )
-    gradients = _allocate_backward(buffer, parameters, decoded, has_shortcut, needs)
+@torch.library.custom_op(
+    "seqconv_triton::stage_backward",
+    mutates_args=(),
+    schema=f"(Tensor? d_out, Tensor? d_buffer, Tensor buffer, Tensor z, {TENSORS}, Tensor counts, {CONSTANTS}, "
+    f"bool[] needs) -> ({', '.join(['Tensor'] * len(Gradients._fields))})",
+)
+def stage_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = named(BACKWARD_NAMES, arguments)
+    buffer, z = call["buffer"], call["z"]
     if buffer.numel() == 0:
-        for gradient in gradients:
-            gradient.zero_()
-        return tuple(gradients)  # type: ignore[return-value]
-    wanted = [None if g.numel() == 0 else g for g in gradients]
-    across = AcrossRanks(process_group(group), counts) if group and batch_statistics else None
-    with torch.cuda.device_of(buffer), profiled("stage_backward", decoded):
-        implementation(backend).stage_backward(
-            d_out, d_buffer, buffer, z if z.numel() else None, parameters,
-            Statistics(mean, var, reduce_mean, reduce_var), batch_statistics, mask, decoded, eps,
-            StageGradients(wanted[0], wanted[1], WantedGradients(*wanted[2:])), across,  # type: ignore[arg-type]
-        )  # fmt: skip
-    return tuple(gradients)  # type: ignore[return-value]
+        return tuple(gradient.zero_() for gradient in _fake_backward(*arguments))
+    stage = unflatten(call)
+    if call["group"] and stage.statistics == "batch":
+        stage = stage._replace(ranks=AcrossRanks(process_group(call["group"]), call["counts"]))
+    with torch.cuda.device_of(buffer), profiled("stage_backward", stage.plan):
+        gradients = implementation(call["backend"]).backward(
+            call["d_out"], call["d_buffer"], buffer, z if z.numel() else None, stage, Needs(*call["needs"])
+        )
+    return _flat_gradients(gradients, buffer)
 
 
 @stage_backward.register_fake
-def _(d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    plan, _, _, has_shortcut, _, needs, _ = arguments[-7:]
-    parameters = StageParameters(*arguments[:PARAMETERS])
-    return tuple(_allocate_backward(buffer, parameters, decode(plan), has_shortcut, needs))
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = named(BACKWARD_NAMES, arguments)
+    return _flat_gradients(empty_gradients(call["buffer"], unflatten(call), Needs(*call["needs"])), call["buffer"])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, shortcut, *rest = inputs
-    parameters, running, (mask, *scalars) = rest[:PARAMETERS], rest[PARAMETERS : PARAMETERS + 4], rest[PARAMETERS + 4 :]
-    plan, eps, batch_statistics, keep, _, group, backend = scalars
-    _, buffer, z, *batch, counts = output
-    if not keep:  # inside vmap nothing says that it requires a gradient
+    call, outputs = named(FORWARD_NAMES, inputs), FlatOutputs(*output)
+    if not call["keep"]:  # inside vmap nothing says that it requires a gradient
         raise NotImplementedError(
             "gradients do not pass seqconv_triton's fused ops inside torch.func.vmap; compute under "
             '`with seqconv_triton.use_backend("reference"):`'
         )
-    statistics = batch if batch_statistics else running
-    ctx.save_for_backward(buffer, z, *parameters, *statistics, mask, counts)
-    ctx.scalars = plan, eps, batch_statistics, shortcut is not None, group
-    ctx.backend = backend
-    ctx.mark_non_differentiable(z, *batch, counts)
+    if call["statistics"] == "batch":
+        call |= {name: t for name, t in outputs._asdict().items() if name in TENSOR_NAMES}
+    tensors = (call[name] for name in TENSOR_NAMES)
+    ctx.save_for_backward(outputs.buffer, outputs.z, *tensors, outputs.counts)
+    ctx.constants = [call[name] for name in CONSTANT_NAMES]
+    ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needed = named(FORWARD_NAMES, ctx.needs_input_grad)
     if d_out is None and d_buffer is None:
-        return (None,) * len(ctx.needs_input_grad)
-    needs = list(ctx.needs_input_grad[: 2 + PARAMETERS])
-    gradients = torch.ops.seqconv_triton.stage_backward(
-        d_out, d_buffer, *ctx.saved_tensors, *ctx.scalars, needs, ctx.backend
-    )
-    given = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-    return (*given, *(None,) * 12)
+        return (None,) * len(needed)
+    needs = [needed[name] for name in Needs._fields]
+    result = torch.ops.seqconv_triton.stage_backward(d_out, d_buffer, *ctx.saved_tensors, *ctx.constants, needs)
+    gradients = Gradients(*result)._asdict()
+    return tuple(gradients[name] if wanted else None for name, wanted in needed.items())
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:

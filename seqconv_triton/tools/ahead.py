@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqconv_triton.backend.contract import StageGradients, Statistics, WantedGradients
-from seqconv_triton.backend.packing import empty_channels_last
+from seqconv_triton.backend.contract import Convs, Needs, StageArguments, empty_outputs, with_statistics
 from seqconv_triton.backend.triton import forward as backend
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.configs import Table, assume, use_tables
@@ -154,34 +153,23 @@ def stage_inputs(model: nn.Module, images: tuple[int, ...]) -> list[tuple[Packed
 def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callable[[], None]]:
     """Forward, and in training backward, of one stage on meta tensors, straight through the backend."""
     plan = stage.plan
-    parameters, _ = stage.train().parameters_and_statistics()
-    parameters = type(parameters)(
-        *(
-            p.detach().to(torch.float32 if "norm" in name else x.dtype) if p is not None else None
-            for name, p in zip(parameters._fields, parameters, strict=True)
-        )  # type: ignore[arg-type]
-    )
-    images, _, height, width = x.shape
-    groups, k = len(plan.groups), plan.group_width
-    out = empty_channels_last(x, plan.out_channels, plan.out_size(height), plan.out_size(width))
-    buffer = empty_channels_last(x, plan.total_channels, height, width) if training else None
-    z = x.new_empty((groups, images, height, width, k)) if training and plan.bottleneck else None
-    vector = x.new_empty(plan.normalized_channels, dtype=torch.float32)
-    inner = x.new_empty(groups * k, dtype=torch.float32) if plan.bottleneck else None
-    statistics = Statistics(vector, torch.empty_like(vector), inner, None if inner is None else torch.empty_like(inner))
+    norms, _ = stage.train().norms()
+    convs = Convs(*(None if w is None else w.detach().to(x.dtype) for w in stage.convs()))  # type: ignore[arg-type]
+    arguments = StageArguments(plan, convs, norms, "batch" if training else "running", stage.eps)
 
     def forward() -> None:
-        backend.stage_forward(x, None, parameters, statistics, training, None, plan, stage.eps, out, buffer, z)
+        with torch.no_grad():
+            backend.forward(x, None, arguments, keep=training, keep_inner=training)
 
-    if buffer is None:
+    out, buffer, z, statistics = empty_outputs(x, arguments, keep=training, keep_inner=training)
+    if buffer is None or statistics is None:
         return [forward]
-    wanted = WantedGradients(*(None if p is None else torch.empty_like(p) for p in parameters))  # type: ignore[arg-type]
-    gradients = StageGradients(empty_channels_last(x, plan.in_channels, height, width), None, wanted)
+    behind = arguments._replace(norms=with_statistics(norms, statistics))
+    needs = Needs(x=True, shortcut=False, reduce_weight=True, transform_weight=True, tail_weight=True)
 
     def backward() -> None:
-        backend.stage_backward(
-            torch.empty_like(out), None, buffer, z, parameters, statistics, True, None, plan, stage.eps, gradients
-        )  # fmt: skip
+        with torch.no_grad():
+            backend.backward(torch.empty_like(out), None, buffer, z, behind, needs)
 
     return [forward, backward]
 

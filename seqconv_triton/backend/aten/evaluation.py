@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend.aten.packed import packed, packed_convolution
-from seqconv_triton.backend.aten.parts import (
-    Images,
-    convolution,
-    onednn_takes,
-    pixels,
-    pointwise,
-)
+from seqconv_triton.backend.aten.parts import Images, convolution, onednn_takes, pixels, pointwise
 from seqconv_triton.backend.aten.ring import placed, placed_masks
 from seqconv_triton.backend.aten.tail import End
 from seqconv_triton.backend.aten.windows import Ring, Strips, windows
-from seqconv_triton.backend.contract import StageParameters, Statistics
+from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding, GroupWeights
 from seqconv_triton.plan import Plan
 
@@ -52,21 +46,13 @@ def images_per_chunk(x: Tensor, plan: Plan) -> int:
     return -(-x.shape[0] // -(-x.shape[0] // fit))
 
 
-def evaluate(
-    x: Tensor,
-    shortcut: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    out: Tensor,
-) -> None:
-    """Fill `out` with running statistics; nothing links the images, so they go through a few at a time."""
+def evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments, out: Tensor) -> None:
+    """Fill `out` with known statistics; nothing links the images, so they go through a few at a time."""
+    plan, mask = stage.plan, stage.mask
     chunk = images_per_chunk(x, plan)
-    folding = Folding(parameters, statistics, plan, eps, x.dtype, shortcut is not None, placed)
+    folding = Folding(stage, x.dtype, shortcut is not None, placed)
     if folding.done and shortcut is None and onednn_takes(x):
-        weights = packed(parameters, folding, x[:chunk])
+        weights = packed(stage, folding, x[:chunk])
     elif chunk < x.shape[0]:
         weights = [folding.group(j) for j in range(len(plan.groups))].__getitem__
     else:
@@ -76,7 +62,7 @@ def evaluate(
         own = slice(start, start + chunk)
         own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
         kept = windows(plan, pixels(x[own]), kept)
-        _evaluate_chunk(x[own], own_shortcut, folding, weights, parameters.tail_weight, own_mask, plan, out[own], kept)
+        _evaluate_chunk(x[own], own_shortcut, folding, weights, stage.convs.tail, own_mask, plan, out[own], kept)
 
 
 def _evaluate_chunk(

@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
+from seqconv_triton.backend.folding import GroupWeights
+
 if TYPE_CHECKING:
-    from seqconv_triton.backend.contract import StageParameters
-    from seqconv_triton.backend.folding import Folding, GroupWeights
+    from seqconv_triton.backend.contract import StageArguments
+    from seqconv_triton.backend.folding import Folding
     from seqconv_triton.plan import Plan
 
 _remembered = WeakIdKeyDictionary()  # storage of a 3×3 weight → by offset: what it counts for, and the packed groups
 
 
-def packed(parameters: StageParameters, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
+def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
     """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
-    weights = [weight for weight in parameters if weight is not None]
+    main, inner = stage.norms
+    weights = [weight for weight in (*stage.convs, *main, *(inner or ())) if weight is not None]
     if any(weight.is_inference() for weight in weights):  # nobody counts their changes
         return folding.group
     key = folding.plan, folding.place, [identity(weight) for weight in weights]
-    transform = parameters.transform_weight
+    transform = stage.convs.transform
     entries = _remembered.setdefault(transform.untyped_storage(), {})
     found = entries.get(transform.storage_offset())
     if found is None or found[0] != key:
@@ -63,7 +66,10 @@ def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:
 
     reduce = None if weights.reduce is None else packed(weights.reduce[:, :, None, None], 1)
     transform = packed(weights.transform, plan.subgroups if plan.bottleneck else 1)
-    return weights._replace(reduce=reduce, transform=transform, packed=True)
+    # No views of parameters: PyTorch swaps none that has any.
+    shifts = (None if shift is None else shift.clone() for shift in (weights.reduce_shift, weights.transform_shift))
+    reduce_shift, transform_shift = shifts
+    return GroupWeights(reduce, reduce_shift, transform, transform_shift, packed=True)
 
 
 def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.contract import StageParameters, Statistics
-from seqconv_triton.backend.packing import window_weights
-from seqconv_triton.backend.ranks import AcrossRanks
-from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.backend.contract import NormVectors, StageArguments
+from seqconv_triton.plan import Tail
 
 aten = torch.ops.aten
 
@@ -36,34 +34,21 @@ class Images:
 class Norm:
     """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float,
-        batch: bool,
-        across: AcrossRanks | None,
-    ) -> None:
+    def __init__(self, vectors: NormVectors, stage: StageArguments) -> None:
+        weight, bias, mean, var = vectors
         if mean is None or var is None:
             mean, var = torch.zeros_like(bias), torch.ones_like(bias)
-        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, eps
-        self.batch, self.across = batch, across
-
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """scale and shift with BN(x) = scale·x + shift."""
-        scale = self.weight * (self.var + self.eps).rsqrt()
-        return scale, self.bias - scale * self.mean
+        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, stage.eps
+        self.batch, self.ranks = stage.statistics == "batch", stage.ranks
 
     def normalize(self, raw: Tensor, start: int) -> Tensor:
         """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
         if not self.batch:
             return self.apply(raw, start)
         channels = slice(start, start + raw.shape[1])
-        if self.across is not None:
+        if self.ranks is not None:
             var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
-            self.mean[channels], self.var[channels] = self.across.statistics(mean, var)
+            self.mean[channels], self.var[channels] = self.ranks.statistics(mean, var)
             return self.apply(raw, start)
         weight, bias = self.weight[channels], self.bias[channels]
         out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
@@ -84,12 +69,12 @@ class Norm:
         channels = slice(start, start + raw.shape[1])
         mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
         inverse = (var + self.eps).rsqrt()
-        if self.batch and self.across is not None:
+        if self.batch and self.ranks is not None:
             precise = grad.to(mean.dtype)
             normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
             sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
             d_bias[channels], d_weight[channels] = sums
-            mean_g, mean_gx = self.across.means(sums)[:, :, None, None].unbind()
+            mean_g, mean_gx = self.ranks.means(sums)[:, :, None, None].unbind()
             return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
         d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
             grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
@@ -97,16 +82,10 @@ class Norm:
         return d_raw
 
 
-def norms(
-    parameters: StageParameters, statistics: Statistics, eps: float, batch: bool, across: AcrossRanks | None = None
-) -> tuple[Norm, Norm | None]:
+def norms(stage: StageArguments) -> tuple[Norm, Norm | None]:
     """The BNs over the buffer, and those behind the 1×1 convs."""
-    p, s = parameters, statistics
-    norm = Norm(p.norm_weight, p.norm_bias, s.mean, s.var, eps, batch, across)
-    if p.reduce_norm_weight is None:
-        return norm, None
-    assert p.reduce_norm_bias is not None
-    return norm, Norm(p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, batch, across)
+    main, inner = stage.norms
+    return Norm(main, stage), None if inner is None else Norm(inner, stage)
 
 
 def onednn_takes(x: Tensor) -> bool:
@@ -163,8 +142,3 @@ def tail_convolution(x: Tensor, weight: Tensor, tail: Tail, groups: int) -> Tens
     """The conv behind the stage, or some of its groups, on their activated input."""
     x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
     return convolution(x, weight, None, tail.stride, groups)
-
-
-def window_rows(weight: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-    """The 1×1 convs of all groups as matrices [k, window]; none in basic layers."""
-    return () if weight is None else tuple(w.flatten(1) for w in window_weights(weight, plan, 1))

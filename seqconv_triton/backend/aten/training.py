@@ -8,56 +8,56 @@ gradients are held a window or a few at a time (`windows.py`), so that they stay
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from seqconv_triton.backend.aten import memory
 from seqconv_triton.backend.aten.evaluation import evaluate
 from seqconv_triton.backend.aten.gradients import gradient_windows
 from seqconv_triton.backend.aten.packed import forget
-from seqconv_triton.backend.aten.parts import (
-    Images,
-    convolution,
-    norms,
-    pixels,
-    pointwise,
-    window_rows,
-)
+from seqconv_triton.backend.aten.parts import Images, convolution, norms, pixels, pointwise
 from seqconv_triton.backend.aten.ring import placed, placed_masks, store, store_product
 from seqconv_triton.backend.aten.tail import End
 from seqconv_triton.backend.aten.windows import windows
-from seqconv_triton.backend.contract import StageGradients, StageParameters, Statistics
-from seqconv_triton.backend.packing import transform_weights
-from seqconv_triton.backend.ranks import AcrossRanks
-from seqconv_triton.plan import Plan
+from seqconv_triton.backend.contract import (
+    ForwardOutputs,
+    Gradients,
+    Needs,
+    StageArguments,
+    empty_gradients,
+    empty_outputs,
+    with_statistics,
+)
+from seqconv_triton.backend.packing import reduce_matrices, transform_weights
 
 aten = torch.ops.aten
 
 
-def stage_forward(
-    x: Tensor,
-    shortcut: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    batch_statistics: bool,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    out: Tensor,
-    buffer: Tensor | None,
-    z: Tensor | None,
-    across: AcrossRanks | None = None,
-) -> None:
-    """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
-    if buffer is None and not batch_statistics and x.dtype in (torch.float32, torch.float64):
+def forward(
+    x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
+) -> ForwardOutputs:
+    """A stage's forward pass (`FusedBackend`); what is kept lies in memory that belongs to the stage's weights."""
+    plan, mask, owner = stage.plan, stage.mask, stage.norms.main.weight
+    if not keep:
+        memory.release(owner)
+    outputs = empty_outputs(
+        x, stage, keep=keep, keep_inner=keep_inner, empty_strided=partial(memory.empty_strided, owner)
+    )
+    out, buffer, z, statistics = outputs
+    if not keep and statistics is None and x.dtype in (torch.float32, torch.float64):
         # Half precisions keep BN apart: folding would round its scale.
-        evaluate(x, shortcut, parameters, statistics, mask, plan, eps, out)
-        return
+        evaluate(x, shortcut, stage, out)
+        return outputs
+    if statistics is not None:
+        stage = stage._replace(norms=with_statistics(stage.norms, statistics))
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(x)
-    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
+    norm, reduce_norm = norms(stage)
     offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
-    reduce = window_rows(parameters.reduce_weight, plan)
-    transform = transform_weights(parameters.transform_weight, plan)
+    reduce = reduce_matrices(stage.convs.reduce, plan)
+    transform = transform_weights(stage.convs.transform, plan)
     masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
     subgroups = plan.subgroups if plan.bottleneck else 1
     rows = pixels(x)
@@ -68,7 +68,7 @@ def stage_forward(
     awaited = {group.residual_start for group in groups}
     sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
 
-    end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])
+    end = End(plan, images, stage.convs.tail, None if masks is None else masks[-1])
     kept = windows(plan, rows)
     normal = pixels(norm.normalize(x, 0)) if plan.raw_input else rows
     for own, into in kept.input_pieces():
@@ -98,37 +98,33 @@ def stage_forward(
         torch.clamp_min(pixels(norm.normalize(y, c - offset)), 0, out=kept.slot(j))
     last = plan.total_channels
     end.leave(last, kept.newest(end.width(last)), out)
+    return outputs
 
 
-def stage_backward(
+def backward(
     d_out: Tensor | None,
     d_buffer: Tensor | None,
     buffer: Tensor,
     z: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    batch_statistics: bool,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    gradients: StageGradients,
-    across: AcrossRanks | None = None,
-) -> None:
-    """Fill every gradient that `gradients` asks for, from the raw buffer, z and the statistics of the forward pass.
+    stage: StageArguments,
+    needs: Needs,
+) -> Gradients:
+    """A stage's backward pass (`FusedBackend`), from the raw buffer, z and the statistics of the forward pass.
 
     Without z (gradient checkpointing) each group's is computed again when its turn comes.
     """
+    plan, mask = stage.plan, stage.mask
+    gradients = wanted = empty_gradients(buffer, stage, needs)
     k, groups, width = plan.group_width, plan.groups, plan.in_channels
     images = Images(buffer)
-    norm, reduce_norm = norms(parameters, statistics, eps, batch_statistics, across)
+    norm, reduce_norm = norms(stage)
     offset = plan.total_channels - plan.normalized_channels
-    reduce = window_rows(parameters.reduce_weight, plan)
-    transform = transform_weights(parameters.transform_weight, plan)
-    wanted = gradients.parameters
+    reduce = reduce_matrices(stage.convs.reduce, plan)
+    transform = transform_weights(stage.convs.transform, plan)
     if wanted.reduce_weight is not None or wanted.transform_weight is not None:
-        forget(parameters.transform_weight)
+        forget(stage.convs.transform)
     d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
-    d_reduce = window_rows(wanted.reduce_weight, plan)
+    d_reduce = reduce_matrices(wanted.reduce_weight, plan)
     masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
     raw_rows = pixels(buffer)
     d_raw_rows = None if d_buffer is None else pixels(d_buffer)
@@ -153,7 +149,7 @@ def stage_backward(
             if plan.ring_channels is not None and into.shape[1] == k and start >= width:
                 contiguous[start] = own
 
-    end = End(plan, images, parameters.tail_weight, None if masks is None else masks[-1])
+    end = End(plan, images, stage.convs.tail, None if masks is None else masks[-1])
     if d_out is None and wanted.tail_weight is not None:
         wanted.tail_weight.zero_()
     kept = gradient_windows(plan, activate, raw_rows, images)
@@ -217,9 +213,10 @@ def stage_backward(
         # Also where x needs no gradient: its BN's affine belongs to this stage.
         through_norm = norm.backward(through_norm, raw(0, width), 0, wanted.norm_weight, wanted.norm_bias)
     if dx is None:
-        return
+        return gradients
     dx.copy_(through_norm)
     for c, dy in passed.items():
         dx[:, c : c + k] += images(dy)
     if d_raw_rows is not None:
         dx += images(d_raw_rows[:, :width])
+    return gradients

@@ -10,9 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import StageGradients, StageParameters, Statistics
+from seqconv_triton.backend.contract import (
+    ForwardOutputs,
+    Gradients,
+    Needs,
+    StageArguments,
+    empty_gradients,
+    empty_outputs,
+)
 from seqconv_triton.backend.packing import empty_channels_last, group_masks, transform_weights, window_weights
-from seqconv_triton.backend.ranks import AcrossRanks
 from seqconv_triton.backend.triton.gradients import recompute_z, through_tail, to_input, weight_gradients
 from seqconv_triton.backend.triton.parts import (
     Geometry,
@@ -30,7 +36,6 @@ from seqconv_triton.kernels.data_gradient import Fresh, data_gradient
 from seqconv_triton.kernels.elementwise import activate
 from seqconv_triton.kernels.launch import BACKWARD_ROWS, D_BIAS, D_WEIGHT, INTERPRETED, SCALE, SHIFT, Features, Scratch
 from seqconv_triton.kernels.statistics import input_statistics
-from seqconv_triton.plan import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,22 +48,14 @@ def check(x: Tensor) -> None:
         raise ValueError(f"x is on {x.device}; the triton backend needs a GPU (or TRITON_INTERPRET=1, for tests)")
 
 
-def stage_forward(
-    x: Tensor,
-    shortcut: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    batch_statistics: bool,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    out: Tensor,
-    buffer: Tensor | None,
-    z: Tensor | None,
-    across: AcrossRanks | None = None,
-) -> None:
-    """Fill `out`; `buffer` [N, B, H, W] and `z` [J, N, H, W, k] if given; `statistics` where they are the batch's."""
+def forward(
+    x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
+) -> ForwardOutputs:
+    """A stage's forward pass (`FusedBackend`)."""
     check(x)
+    plan, convs, mask, eps, across = stage.plan, stage.convs, stage.mask, stage.eps, stage.ranks
+    outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner)
+    out, buffer, z, statistics = outputs
     k, width = plan.group_width, plan.in_channels
     geometry = Geometry(plan, x)
     pixels = geometry.pixels
@@ -66,12 +63,12 @@ def stage_forward(
         buffer = empty_channels_last(x, plan.total_channels, geometry.height, geometry.width)
     buffer[:, :width] = x
     raw = rows(buffer)
-    norms = Norms(parameters, statistics, plan, eps, known=not batch_statistics)
+    norms = Norms(stage, known=statistics is None)
     source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
-    scratch = Scratch.allocate(x, pixels, max(k, width)) if batch_statistics else None
+    scratch = Scratch.allocate(x, pixels, max(k, width)) if statistics is not None else None
     masks = None if mask is None else group_masks(mask, plan)
-    transform = transform_weights(taps_first_view(parameters.transform_weight, plan), plan)
-    reduce = () if parameters.reduce_weight is None else window_weights(parameters.reduce_weight, plan, 1)
+    transform = transform_weights(taps_first_view(convs.transform, plan), plan)
+    reduce = () if convs.reduce is None else window_weights(convs.reduce, plan, 1)
     inner = None if not plan.bottleneck else x.new_empty((pixels, k)) if z is None else z.view(-1, pixels, k)
     added = None if shortcut is None else rows(channels_last(shortcut))
 
@@ -106,63 +103,61 @@ def stage_forward(
         share_statistics(own_norms[j], across, eps)
 
     first = plan.total_channels - plan.read_channels
-    if batch_statistics:
+    if statistics is not None:
         norms.store(statistics)
     if geometry.tail is None:
         activate(raw[:, first:], source.scale[first:], source.shift[first:], rows(out))
-        return
-    assert parameters.tail_weight is not None
-    weight = parameters.tail_weight.permute(0, 2, 3, 1).contiguous()
+        return outputs
+    assert convs.tail is not None
+    weight = convs.tail.permute(0, 2, 3, 1).contiguous()
     convolution(source, first, weight, geometry.tail, rows(out), mask=None if masks is None else masks[-1])
+    return outputs
 
 
-def stage_backward(
+def backward(
     d_out: Tensor | None,
     d_buffer: Tensor | None,
     buffer: Tensor,
     z: Tensor | None,
-    parameters: StageParameters,
-    statistics: Statistics,
-    batch_statistics: bool,
-    mask: Tensor | None,
-    plan: Plan,
-    eps: float,
-    gradients: StageGradients,
-    across: AcrossRanks | None = None,
-) -> None:
-    """Fill every gradient that `gradients` asks for, from the raw buffer, z and the statistics of the forward pass.
+    stage: StageArguments,
+    needs: Needs,
+) -> Gradients:
+    """A stage's backward pass (`FusedBackend`), from the raw buffer, z and the statistics of the forward pass.
 
     Without z (gradient checkpointing) that of all groups is computed again first.
     Beside what it is given it holds, at its peak, dy and dz of all groups (2·J·k channels; J·k in basic layers), two
     groups' g, the tail's gradient and the weights' partial sums.
     """
+    plan, convs, mask, eps, across = stage.plan, stage.convs, stage.mask, stage.eps, stage.ranks
+    batch_statistics = stage.statistics == "batch"
+    gradients = empty_gradients(buffer, stage, needs)
     k, width, count = plan.group_width, plan.in_channels, len(plan.groups)
     geometry = Geometry(plan, buffer)
     pixels, raw = geometry.pixels, rows(buffer)
-    norms = Norms(parameters, statistics, plan, eps, known=True, rows=BACKWARD_ROWS)
+    norms = Norms(stage, known=True, rows=BACKWARD_ROWS)
     windows, inside, _ = geometry.tables
     first = plan.total_channels - plan.read_channels
     upstream = None if d_out is None else rows(channels_last(d_out))
     if upstream is not None and geometry.tail is not None:
-        upstream = through_tail(upstream, raw, parameters, norms, mask, plan, eps, geometry, gradients)
-    elif gradients.parameters.tail_weight is not None:
-        gradients.parameters.tail_weight.zero_()
+        upstream = through_tail(upstream, raw, convs, norms, mask, plan, eps, geometry, gradients)
+    elif gradients.tail_weight is not None:
+        gradients.tail_weight.zero_()
 
     # Gradients of every group's raw output and of z; those of z are what the 1×1 convs pull from.
     dy = buffer.new_empty((count, pixels, k))
     dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else dy
     z_rows = None if z is None else z.view(count, pixels, k)
     if z_rows is None and plan.bottleneck:
-        z_rows = recompute_z(raw, parameters, norms, mask, plan, eps, geometry)
+        z_rows = recompute_z(raw, convs, norms, mask, plan, eps, geometry)
     own_z = () if z_rows is None else z_rows.unbind()
     own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
     inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
     behind_activation, behind_inner = (buffer.new_empty((pixels, k)) for _ in range(2))
     scratch = Scratch.allocate(buffer, pixels, max(k, width))
-    window_weight = parameters.reduce_weight
+    window_weight = convs.reduce
     if window_weight is None:
-        window_weight = taps_first(parameters.transform_weight, plan, windows=True)
-    transform = taps_first_view(parameters.transform_weight, plan)
+        window_weight = taps_first(convs.transform, plan, windows=True)
+    transform = taps_first_view(convs.transform, plan)
     d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
     receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
 
@@ -202,10 +197,11 @@ def stage_backward(
         images = dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
         gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
     weight_gradients(dy, dz, raw, z_rows, norms, mask, plan, geometry, gradients)
-    wanted = gradients.parameters
+    wanted = gradients
     wanted.norm_weight.copy_(norms.main[D_WEIGHT, norms.offset :])
     wanted.norm_bias.copy_(norms.main[D_BIAS, norms.offset :])
     if norms.inner is not None:
         assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
         wanted.reduce_norm_weight.copy_(norms.inner[D_WEIGHT])
         wanted.reduce_norm_bias.copy_(norms.inner[D_BIAS])
+    return gradients

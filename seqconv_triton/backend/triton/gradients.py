@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from seqconv_triton.backend.contract import StageGradients, StageParameters
+from seqconv_triton.backend.contract import Convs, Gradients
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.triton.parts import Geometry, Norms, rows, taps_last_
 from seqconv_triton.kernels.convolution import convolution
@@ -18,12 +18,11 @@ from seqconv_triton.plan import Plan
 
 
 def recompute_z(
-    raw: Tensor, parameters: StageParameters, norms: Norms, mask: Tensor | None, plan: Plan, eps: float,
-    geometry: Geometry,
+    raw: Tensor, convs: Convs, norms: Norms, mask: Tensor | None, plan: Plan, eps: float, geometry: Geometry
 ) -> Tensor:  # fmt: skip
     """z [J, P, k] again, from the raw buffer."""
-    assert parameters.reduce_weight is not None
-    weights = window_weights(parameters.reduce_weight, plan, 1)
+    assert convs.reduce is not None
+    weights = window_weights(convs.reduce, plan, 1)
     source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
     masks = None if mask is None else group_masks(mask, plan)
     z = raw.new_empty((len(plan.groups), raw.shape[0], plan.group_width))
@@ -36,25 +35,25 @@ def recompute_z(
 def through_tail(
     d_tail: Tensor,
     raw: Tensor,
-    parameters: StageParameters,
+    convs: Convs,
     norms: Norms,
     mask: Tensor | None,
     plan: Plan,
     eps: float,
     geometry: Geometry,
-    gradients: StageGradients,
+    gradients: Gradients,
 ) -> Tensor:
     """The gradient [P, read] of the activated channels that the tail reads; that of its weight along the way."""
-    assert parameters.tail_weight is not None and geometry.tail is not None
+    assert convs.tail is not None and geometry.tail is not None
     table = geometry.tables[2]
-    weight = parameters.tail_weight.permute(0, 2, 3, 1).contiguous()
+    weight = convs.tail.permute(0, 2, 3, 1).contiguous()
     upstream = raw.new_empty((raw.shape[0], plan.read_channels))
     count = len(table.rows)
     data_gradient(
         d_tail.expand(count, -1, -1), weight, geometry.tail, table, (0, count), 0, plan.read_channels, upstream, eps,
         windows=False, mask=mask,
     )  # fmt: skip
-    into = gradients.parameters.tail_weight
+    into = gradients.tail_weight
     if into is not None:
         first = plan.total_channels - plan.read_channels
         ends = Features(
@@ -84,7 +83,7 @@ def to_input(
     norms: Norms,
     receivers: dict[int, int],
     plan: Plan,
-    gradients: StageGradients,
+    gradients: Gradients,
 ) -> None:
     """The gradient of the stage's input and of its BN; the first group's own gradient is complete afterwards."""
     k, width = plan.group_width, plan.in_channels
@@ -118,11 +117,11 @@ def weight_gradients(
     mask: Tensor | None,
     plan: Plan,
     geometry: Geometry,
-    gradients: StageGradients,
+    gradients: Gradients,
 ) -> None:
     """One launch for all convs over windows, one for all 3×3 convs inside groups."""
     windows, inside, _ = geometry.tables
-    wanted = gradients.parameters
+    wanted = gradients
     into = wanted.reduce_weight if plan.bottleneck else wanted.transform_weight
     if into is not None:
         widest = max(group.window_width for group in plan.groups)

@@ -7,7 +7,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import StageParameters, Statistics
+from seqconv_triton.backend.contract import BatchStatistics, NormVectors, StageArguments
 from seqconv_triton.backend.packing import empty_channels_last, window_weights
 from seqconv_triton.backend.ranks import AcrossRanks
 from seqconv_triton.kernels.launch import (
@@ -133,55 +133,33 @@ class Norms:
     Columns of an already activated input are never used.
     """
 
-    def __init__(
-        self,
-        parameters: StageParameters,
-        statistics: Statistics,
-        plan: Plan,
-        eps: float,
-        known: bool,
-        rows: int = FORWARD_ROWS,
-    ) -> None:
-        self.offset = plan.total_channels - plan.normalized_channels
-        p, s = parameters, statistics
-        self.main = _vectors(p.norm_weight, p.norm_bias, s.mean, s.var, eps, known, rows, self.offset)
-        self.inner = None
-        if p.reduce_norm_weight is not None:
-            self.inner = _vectors(
-                p.reduce_norm_weight, p.reduce_norm_bias, s.reduce_mean, s.reduce_var, eps, known, rows, 0
-            )
+    def __init__(self, stage: StageArguments, known: bool, rows: int = FORWARD_ROWS) -> None:
+        self.offset = stage.plan.total_channels - stage.plan.normalized_channels
+        main, inner = stage.norms
+        self.main = _vectors(main, stage.eps, known, rows, self.offset)
+        self.inner = None if inner is None else _vectors(inner, stage.eps, known, rows, 0)
 
-    def store(self, statistics: Statistics) -> None:
+    def store(self, statistics: BatchStatistics) -> None:
         """Hand the batch's statistics out."""
-        assert statistics.mean is not None and statistics.var is not None
         statistics.mean.copy_(self.main[MEAN, self.offset :])
         statistics.var.copy_(self.main[VAR, self.offset :])
         if self.inner is not None:
-            assert statistics.reduce_mean is not None and statistics.reduce_var is not None
-            statistics.reduce_mean.copy_(self.inner[MEAN])
-            statistics.reduce_var.copy_(self.inner[VAR])
+            assert statistics.inner_mean is not None and statistics.inner_var is not None
+            statistics.inner_mean.copy_(self.inner[MEAN])
+            statistics.inner_var.copy_(self.inner[VAR])
 
 
-def _vectors(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    known: bool,
-    rows: int,
-    offset: int,
-) -> Tensor:
-    assert bias is not None
+def _vectors(norm: NormVectors, eps: float, known: bool, rows: int, offset: int) -> Tensor:
+    weight, bias, mean, var = norm
     vectors = weight.new_empty((rows, offset + weight.shape[0]), dtype=torch.float32)
     own = vectors[:, offset:]
     own[WEIGHT], own[BIAS] = weight, bias
-    if mean is None or var is None:
-        own[MEAN], own[VAR], own[SCALE], own[SHIFT] = 0, 1, weight, bias
-    elif known:
+    if known and mean is not None and var is not None:
         own[MEAN], own[VAR] = mean, var
         torch.mul(weight, (var + eps).rsqrt(), out=own[SCALE])
         torch.sub(bias, own[SCALE] * mean, out=own[SHIFT])
+    elif known:  # folded
+        own[MEAN], own[VAR], own[SCALE], own[SHIFT] = 0, 1, weight, bias
     return vectors
 
 
