@@ -19,7 +19,7 @@ CASES = {
     "predict": (["predict", "best.pt", "a.png"], "PIL", "predict needs PIL: pip install seqconv-triton[train]"),
     "ablation": (["ablation"], "scipy", "the ablation needs scipy: pip install seqconv-triton[demo]"),
     "heatmap": (["heatmap", "a.pt"], "matplotlib.figure", "needs matplotlib.figure: pip install seqconv-triton[plot]"),
-    "tune": (["tune"], "tqdm", "tune needs tqdm: pip install seqconv-triton[tune]"),
+    "tune": (["tune"], "triton", "tune needs triton: pip install seqconv-triton[triton] (Linux)"),
     "kernels": (["kernels"], "triton", "kernels needs triton: pip install seqconv-triton[triton] (Linux)"),
 }
 

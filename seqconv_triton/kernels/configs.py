@@ -7,14 +7,18 @@ Nothing is measured here: `python -m seqconv_triton tune` does that (docs/tuning
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+
+from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
@@ -112,11 +116,6 @@ def reload_tables() -> None:
     _reading = next(_versions)
 
 
-def derive_again() -> None:
-    """What this thread's launchers derived from configurations is derived again before its next launch."""
-    _switches.set(_switches.get()._replace(version=next(_versions)))
-
-
 def pinned() -> tuple[int, int]:
     """Numbers that change with what is pinned and with the tables: a key of what was derived from configurations."""
     return _reading, _switches.get().version
@@ -190,13 +189,46 @@ def _tables(arch: str) -> tuple[Table, ...]:
     chosen = _switches.get().tables
     if chosen is not None:
         return chosen
-    table = _stored.get(arch)
-    if table is None:
-        from seqconv_triton.kernels.tuning_tables import configurations
+    if arch not in _stored:
+        _stored[arch] = _measured(arch.partition(":")[2])
+    return (_stored[arch],)
 
-        gpu = arch.partition(":")[2]
-        table = _stored[arch] = configurations(gpu, arch) if gpu else {}
-    return (table,)
+
+def _measured(gpu: str) -> dict[Key, LaunchConfig]:
+    """What is stored for a GPU, the user's own before what ships. Never raises, but may warn."""
+    merged: dict[Key, LaunchConfig] = {}
+    for place in (shipped_file, user_file) if gpu else ():
+        try:
+            merged |= stored_table(place(gpu), gpu)
+        except (OSError, ValueError) as error:
+            text = f"tuned configurations are not used, the heuristic is: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return merged
+
+
+def stored_table(path: Path, gpu: str) -> dict[Key, LaunchConfig]:
+    """What a file holds, nothing where there is none. Raises OSError; ValueError where it is no table for `gpu`."""
+    rows = read(path, gpu)
+    try:
+        return dict(map(_parse, rows))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of configurations: {error}") from error
+
+
+def shipped(gpu: str) -> dict[Key, LaunchConfig]:
+    """The table that ships for a GPU, empty if none does: for compiling ahead of time. Raises as `stored_table`."""
+    return stored_table(shipped_file(gpu), gpu)
+
+
+def _parse(row: Row) -> tuple[Key, LaunchConfig]:
+    key, config = Key(**row["key"]), LaunchConfig(**row["config"])
+    if key.kernel not in TWO_STAGES or not all(type(number) is int and number > 0 for number in key[1:]):
+        raise ValueError(f"{row['key']} is no key")
+    whole = all(type(number) is int for number in config)
+    tiles = whole and all(is_tile(size) for name, size in config._asdict().items() if name.startswith("block"))
+    if not tiles or config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages not in range(1, 9):
+        raise ValueError(f"{row['config']} is no configuration")
+    return key, config
 
 
 def config_for(

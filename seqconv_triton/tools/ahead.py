@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 from seqconv_triton.backend.contract import Convs, Needs, StageArguments, empty_outputs, with_statistics
 from seqconv_triton.backend.triton import forward as backend
 from seqconv_triton.kernels import launch
+from seqconv_triton.kernels.candidates import shared_memory
 from seqconv_triton.kernels.configs import Table, assume, use_tables
-from seqconv_triton.kernels.tuning_candidates import shared_memory
 from seqconv_triton.nn.layers import PackedSeqConv
 
 TARGETS = {
@@ -115,7 +115,7 @@ def launches(
 ) -> list[Launch]:
     """The distinct launches of a training step and an evaluation of `model`, which is on the meta device.
 
-    Configured by the heuristic, but for what is in `tables` (`tuning_tables.shipped` reads one).
+    Configured by the heuristic, but for what is in `tables` (`configs.shipped` reads one).
     """
     found: dict[Launch, None] = {}
 

@@ -31,7 +31,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled while kernels are interpreted", file=sys.stderr)
         return 2
-    from seqconv_triton.kernels.tuning_tables import shipped
+    from seqconv_triton.kernels.configs import shipped
     from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_all, launches
 
     tables = () if arguments.tuned is None else (shipped(arguments.tuned),)

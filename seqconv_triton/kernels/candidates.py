@@ -19,7 +19,7 @@ def candidates(key: Key, arch: str) -> list[LaunchConfig]:
     else:
         steps = [(p, 2 * k), (p, k // 2), (p // 2, k), (2 * p, k), (p // 2, 2 * k), (p // 4, k)]
     other = stages + 1 if stages == 2 else stages - 1
-    proposed = [h, h._replace(num_stages=other), h._replace(num_warps=12 - warps)]
+    proposed = [h._replace(num_stages=other), h._replace(num_warps=4 if warps > 4 else 8)]
     for block_p, block_k in steps:
         # As many accumulators a thread as the heuristic's, between four warps and eight.
         growth = block_k / k if key.kernel == "weight_gradient" else block_p / p
@@ -33,9 +33,9 @@ def fits(config: LaunchConfig, key: Key, arch: str) -> bool:
     p, n, k = config.block_p, key.block_n, config.block_k
     if not (is_tile(p) and is_tile(k)) or k > max(16, next_power_of_2(key.reduction)):
         return False
-    kept, loaded = (n * k, p * (n + k)) if key.kernel == "weight_gradient" else (p * n, k * (p + n))
+    sums, loaded = (n * k, p * (n + k)) if key.kernel == "weight_gradient" else (p * n, k * (p + n))
     lanes = (64 if arch.startswith("gfx") else 32) * config.num_warps
-    return kept <= REGISTERS * lanes and config.num_stages * loaded * key.element_size <= shared_memory(arch)
+    return sums <= REGISTERS * lanes and config.num_stages * loaded * key.element_size <= shared_memory(arch)
 
 
 def shared_memory(arch: str) -> int:
