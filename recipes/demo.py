@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import seqconv_triton as sct
 from recipes import commands, files
 from recipes.training import architecture, checkpoint
 from recipes.training.baseline import PreactivationResNet, count_parameters, matching_widths
@@ -21,7 +22,6 @@ from recipes.training.distributed import usable_device
 from recipes.training.evaluation import class_probabilities
 from recipes.training.fit import History, fit
 from recipes.training.recipe import PRESETS, Recipe
-from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.optional import require
 
 BASELINE_BLOCKS = 1
@@ -111,7 +111,7 @@ def run(config: DemoConfig) -> list[Result]:
         results.append(Result(name, count_parameters(model), history.test_accuracy[-1], history.seconds))
         file = config.output / f"{name.lower().replace(' ', '-')}.pt"
         checkpoint.save({"model": model.state_dict(), "epochs": config.epochs, "seed": config.seed}, file)
-        if isinstance(model, CifarSeqResNet):
+        if isinstance(model, sct.CifarSeqResNet):
             probabilities = class_probabilities(model, test[0][:PREDICTED])
     sheets.learning_curves(histories, config.output / "learning-curves.png")
     shown = data.test.images[:PREDICTED], data.test.labels[:PREDICTED]

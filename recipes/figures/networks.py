@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+import seqconv_triton as sct
 from recipes.training import architecture
 from recipes.training.recipe import PRESETS
 from seqconv_triton.interop.published import layer_names, load_published, read_file, unwrap
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.models.registry import create_model
-from seqconv_triton.nn.layers import Stage
 
 PREFIXES = ("module.", "_orig_mod.")
 DEMO_KEYS = {"model", "epochs", "seed"}
@@ -24,7 +23,7 @@ class NamedLayer(NamedTuple):
     """A layer under its published name: number `layer` of the plan of a stage."""
 
     name: str
-    stage: Stage
+    stage: sct.Stage
     layer: int
 
 
@@ -47,7 +46,7 @@ def load_network(path: Path, model: str | None = None) -> Backbone:
     published = any(name.endswith(".LinearLayer.weight") for name in entries)
     sizes = _sizes(entries, published)
     if model is not None:
-        network = create_model(model, **sizes)
+        network = sct.create_model(model, **sizes)
     elif isinstance(content.get("arch"), Mapping):
         network = _from_arch(path, content["arch"], sizes)
     elif content.keys() == DEMO_KEYS:
@@ -117,11 +116,11 @@ def _first(reasons: list[str]) -> str:
     return f"{reasons[0].strip()}{more}"
 
 
-def stages(model: Backbone) -> dict[str, Stage]:
+def stages(model: Backbone) -> dict[str, sct.Stage]:
     """The stages by name, the stem's dense layer of the ImageNet networks in front."""
-    named = {f"Stage{number}": stage for number, stage in enumerate(model.stages, 1) if isinstance(stage, Stage)}
+    named = {f"Stage{number}": stage for number, stage in enumerate(model.stages, 1) if isinstance(stage, sct.Stage)}
     dense = model.stem[-1]
-    return {"Stem": dense, **named} if isinstance(dense, Stage) else named
+    return {"Stem": dense, **named} if isinstance(dense, sct.Stage) else named
 
 
 def layers(model: Backbone) -> list[NamedLayer]:

@@ -1,4 +1,4 @@
-"""Training: recipes, data, the loop, checkpoints; commands on top. Not imported by `import seqconv_triton`."""
+"""Training: settings, data, the loop, checkpoints. `train(Config(…))` is what `python -m recipes.train` does."""
 
 from recipes.training.config import Config
 from recipes.training.run import Outcome, train

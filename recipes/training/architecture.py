@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import seqconv_triton as sct
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.models.cifar import CifarSeqResNet
-from seqconv_triton.models.registry import create_model
 
 CUSTOM = "cifar_custom"  # CifarSeqResNet with all its options free
 
@@ -23,14 +22,11 @@ def build(arch: dict[str, Any], **where: Any) -> Backbone:
     """
     name, options = arch["name"], dict(arch["options"])
     try:
-        return CifarSeqResNet(**options, **where) if name == CUSTOM else create_model(name, **options, **where)
+        return sct.CifarSeqResNet(**options, **where) if name == CUSTOM else sct.create_model(name, **options, **where)
     except TypeError as error:
-        taken = [
-            parameter
-            for parameter in inspect.signature(CifarSeqResNet).parameters
-            if parameter not in ("device", "dtype")
-        ]
-        hint = f"; {CUSTOM} takes {', '.join(taken)}" if name == CUSTOM else ""
+        parameters = inspect.signature(sct.CifarSeqResNet).parameters
+        allowed = [parameter for parameter in parameters if parameter not in ("device", "dtype")]
+        hint = f"; {CUSTOM} takes {', '.join(allowed)}" if name == CUSTOM else ""
         raise ValueError(f"model options {options} do not fit {name}: {error}{hint}") from error
 
 
