@@ -243,7 +243,8 @@ def test_any_memory_layout(layout: str) -> None:
         expected = layer(given.contiguous())
     out = layer(given)
     assert error(out, expected) < TOLERANCE
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    plain = torch.nn.Conv2d(12, 12, 3, padding=1, dtype=torch.float64)(given)
+    assert out.stride() == plain.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -80,3 +80,27 @@ def test_torch_checkpoint_around_a_stage(reentrant: bool) -> None:
     assert torch.equal(x.grad, expected)
     assert stage.norm.num_batches_tracked == 1 + reentrant
     assert reentrant or torch.equal(stage.norm.running_var, plain.norm.running_var)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_code_behind_a_layer_may_view_it(backend: str) -> None:
+    """`x.view(n, -1)`, as behind an nn.Conv2d of a contiguous input; also where gradients come back."""
+    layer = sct.SeqConv2d(4, 8, 4).train()
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with sct.use_backend(backend):
+        layer(x).view(2, -1).square().sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_hooks_on_the_last_bn() -> None:
+    """A forward hook sees the BN's own output, a full backward hook works: nothing rectifies it in place."""
+    model, seen = small(), {}
+    model.norm.register_forward_hook(lambda module, args, output: seen.update(input=args[0], output=output))
+    model.norm.register_full_backward_hook(lambda module, given, got: seen.update(gradient=got[0]))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    expected = nn.functional.batch_norm(seen["input"], None, None, model.norm.weight, model.norm.bias, True)
+    assert error(seen["output"], expected) < 1e-6 and seen["output"].min() < 0
+    assert seen["gradient"].shape == seen["output"].shape
+    model.forward_intermediates(torch.randn(2, 3, 8, 8))
+    assert seen["output"].min() < 0

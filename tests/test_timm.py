@@ -305,6 +305,7 @@ def test_an_epoch_as_in_timms_training_script(timm: ModuleType, tmp_path: Path) 
     ("options", "message"),
     [
         ({"global_pool": "mean"}, "global_pool.*'avg'"),
+        ({"global_pool": ""}, r"global_pool \(''\).*num_classes=0"),
         ({"drop_rate": 1.5}, "drop_rate"),
         ({"num_classes": -1}, "num_classes"),
         ({"features_only": True, "feature_cls": "hook"}, "feature_cls.*getter"),

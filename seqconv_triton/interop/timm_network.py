@@ -25,7 +25,7 @@ class TimmNetwork(Backbone):
     Args:
         args, options: those of the network itself.
         in_chans: channels of the images.
-        global_pool: timm's pooling by name; "" gives the features [N, num_features, h, w] to the classifier.
+        global_pool: timm's pooling by name; with num_classes=0, "" leaves the features [N, num_features, h, w].
         drop_rate: dropout in front of the classifier, in training.
     """
 
@@ -55,6 +55,11 @@ class TimmNetwork(Backbone):
         pool_type = self.pool_type if global_pool is None else global_pool
         if pool_type not in POOLS:
             raise ValueError(f"global_pool ({pool_type!r}) must be one of {', '.join(map(repr, POOLS))}")
+        if not pool_type and num_classes > 0:
+            raise ValueError(
+                f"global_pool ('') leaves feature maps, which a classifier of {num_classes} classes cannot take; give "
+                "num_classes=0, or a pooling"
+            )
         self.pool_type = pool_type
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type)).train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()

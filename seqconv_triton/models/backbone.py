@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqconv_triton.nn.layers import Affine, PackedSeqConv, Stage, fan_out_uniform_
+from seqconv_triton.nn.classifier import PublishedClassifier
+from seqconv_triton.nn.layers import Affine, PackedSeqConv, Stage
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -21,9 +21,12 @@ class Backbone(nn.Module):
     stage ends in the paper's 1×1 conv, whose BN is `norm`. `feature_info` lists channels and reduction of each stage.
     """
 
+    published_classes: ClassVar[tuple[int, ...]] = ()
+
     def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:
         super().__init__()
         self.norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
+        self.classifier: nn.Module
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.num_features = self.head_hidden_size = stages[-1].plan.out_channels
@@ -37,9 +40,11 @@ class Backbone(nn.Module):
             self.feature_info.append({"num_chs": stop - start, "reduction": reduction, "module": f"stages.{i}"})
             reduction *= stage.plan.tail.stride if stage.plan.tail is not None else 1
         self.reset_classifier(num_classes)
+        if num_classes in self.published_classes and isinstance(self.classifier, nn.Linear):
+            self.classifier = PublishedClassifier.of(self.classifier)
         for module in stem.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out_uniform_(module.weight.detach(), module.out_channels * math.prod(module.kernel_size))
+                module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
@@ -50,7 +55,7 @@ class Backbone(nn.Module):
         x = self.forward_stem(x)
         for stage in self.stages:
             x = stage(x)
-        return F.relu(self.norm(x), inplace=True)
+        return F.relu(self.norm(x))
 
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
@@ -93,7 +98,7 @@ class Backbone(nn.Module):
         features = [taken[i] for i in chosen]
         if intermediates_only:
             return features
-        return (F.relu(self.norm(x), inplace=True) if len(stages) == count else taken[max(chosen)]), features
+        return (F.relu(self.norm(x)) if len(stages) == count else taken[max(chosen)]), features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Gradient checkpointing: the 1×1 convs' outputs are not kept for backward, but computed again."""
@@ -105,19 +110,18 @@ class Backbone(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh classifier for other classes; 0 leaves the pooled features as they are."""
+        """A fresh classifier for other classes, as nn.Linear starts; 0 leaves the pooled features as they are.
+
+        The constructor gives the paper's numbers of classes the published start (`PublishedClassifier`).
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes ({num_classes}) must be at least 0")
         self.num_classes = num_classes
         if num_classes == 0:
-            self.classifier: nn.Module = nn.Identity()
+            self.classifier = nn.Identity()
             return
         weight = next(self.parameters())
-        classifier = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-        bound = math.sqrt(3 / num_classes)
-        nn.init.uniform_(classifier.weight, -bound, bound)
-        nn.init.zeros_(classifier.bias)
-        self.classifier = classifier
+        self.classifier = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
 
 
 def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:

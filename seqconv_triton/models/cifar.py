@@ -33,6 +33,8 @@ class CifarSeqResNet(Backbone):
         stem_channels: the 16 of all these widths; another number scales the whole network, group_width excepted.
     """
 
+    published_classes = (10, 100)
+
     def __init__(
         self,
         group_width: int,

@@ -39,6 +39,7 @@ class ImageNetNetwork(Backbone):
     """
 
     rows: ClassVar[tuple[StageRow, ...]]
+    published_classes = (1000,)
 
     def __init__(
         self,

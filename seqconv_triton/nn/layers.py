@@ -201,8 +201,10 @@ class SeqConv2d(PackedSeqConv):
         super().__init__(plan, dropout=dropout, eps=eps, momentum=momentum, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The activated output [N, out_channels, H, W] of an activated x."""
-        return self.run(x).out
+        """The activated output [N, out_channels, H, W] of an activated x, in the memory format of x."""
+        out = self.run(x).out
+        # Computed is channels-last: so is x where its channels lie side by side.
+        return out if x.stride(1) == 1 else out.contiguous()
 
     def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(raw, activated): the output before and after the last BN-ReLU; `shortcut` is added group by group to raw."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv_triton.backend.packing import empty_channels_last
+from seqconv_triton.nn.layers import fan_out_uniform_
 from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
 
 aten = torch.ops.aten
@@ -68,6 +69,12 @@ class StemConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, **where: Any) -> None:
         super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=False, **where)
+
+    def reset_parameters(self) -> None:
+        """The published initialisation."""
+        fan_out_uniform_(self.weight.detach(), self.out_channels * 9)
+        if self.bias is not None:  # `fuse` puts one here
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
