@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -33,11 +34,27 @@ def test_wheel_holds_the_library_alone(wheel: ZipFile) -> None:
     assert "seqconv_triton/py.typed" in installed
 
 
-def test_wheel_requires_torch_and_numpy_alone(wheel: ZipFile) -> None:
+def metadata(wheel: ZipFile) -> Message:
     (file,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
-    required = message_from_bytes(wheel.read(file)).get_all("Requires-Dist", [])
-    plain = [line for line in required if "extra ==" not in line]
+    return message_from_bytes(wheel.read(file))
+
+
+def test_wheel_requires_torch_and_numpy_alone(wheel: ZipFile) -> None:
+    plain = [line for line in metadata(wheel).get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {re.split(r"[^\w-]", line)[0] for line in plain} == {"torch", "numpy"}
+
+
+def test_extras_of_the_pages_and_errors_are_there(wheel: ZipFile) -> None:
+    """`pip install .[x]` anywhere, `require(who, "x", …)`, and README's list."""
+    readme = ROOT / "README.md"
+    rooms = (ROOT / room for room in ("seqconv_triton", "recipes", "bench", "examples"))
+    paths = [readme, *(ROOT / "docs").rglob("*.md"), *(path for room in rooms for path in room.rglob("*.py"))]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    (listed,) = re.findall(r"extras (`triton`.*?)\.", readme.read_text(encoding="utf-8"), re.DOTALL)
+    named = {*re.findall(r"(?:seqconv-triton|'\.)\[(\w+)\]", text), *re.findall(r'require\([^,]+, "(\w+)"', text)}
+    named |= set(re.findall(r"`(\w+)`", listed))
+    assert {"train", "plot", "demo", "onnx", "triton", "timm"} <= named
+    assert named <= set(metadata(wheel).get_all("Provides-Extra", []))
 
 
 def test_wheel_imports_without_its_checkout(wheel: ZipFile, tmp_path: Path) -> None:
