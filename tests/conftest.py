@@ -16,6 +16,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 
+collect_ignore = ["emulator"]  # in processes of their own, where Triton compiles: test_emulator.py
+
 PLACES = {"cpu": ("aten", "cpu"), "interpreter": ("triton", "cpu"), "gpu": ("triton", "cuda")}
 
 

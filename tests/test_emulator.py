@@ -1,0 +1,41 @@
+"""Compiled kernels, executed on the emulated GPU of tests/emulator/: in processes where Triton compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator.build import NoCompiler, compiler
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+TESTS = Path(__file__).parent
+RUNS = {
+    "single instructions": ["emulator/test_instructions.py"],
+    "sample kernels": ["emulator/test_sample_kernels.py", "emulator/test_faults.py"],
+    "kernels alone, sm_80": ["-p", "emulator.alone", "--emulate", "sm_80", "test_kernels.py"],
+} | {
+    f"cases, {architecture}, {dtype}": ["emulator/test_cases.py", "-k", f"{architecture} and {dtype}"]
+    for architecture in ("sm_80",)
+    for dtype in ("fp16", "bf16", "tf32")
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_emulated(run: str) -> None:
+    """Without a C++ compiler it is skipped; on CI (CI=true) that is an error."""
+    try:
+        compiler()
+    except NoCompiler as missing:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(missing))
+    arguments = [str(TESTS / a) if a.endswith(".py") else a for a in RUNS[run]]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
