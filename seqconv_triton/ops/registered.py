@@ -198,11 +198,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         )
     if call["statistics"] == "batch":
         call |= {name: t for name, t in outputs._asdict().items() if name in TENSOR_NAMES}
-    tensors = (call[name] for name in TENSOR_NAMES)
-    ctx.save_for_backward(outputs.buffer, outputs.z, *tensors, outputs.counts)
+    tensors = [outputs.buffer, outputs.z, *(call[name] for name in TENSOR_NAMES), outputs.counts]
+    ctx.save_for_backward(*tensors)
+    ctx.strides = [None if t is None else t.stride() for t in tensors]
     ctx.constants = [call[name] for name in CONSTANT_NAMES]
     ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
+
+
+def _as_saved(ctx: Any) -> list[Tensor | None]:
+    """The saved tensors. One that a hook, or offloading, gives back with other strides is laid out as it was."""
+    return [
+        t if t is None or t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+        for t, strides in zip(ctx.saved_tensors, ctx.strides, strict=True)
+    ]
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -210,7 +219,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None)
     if d_out is None and d_buffer is None:
         return (None,) * len(needed)
     needs = [needed[name] for name in Needs._fields]
-    result = torch.ops.seqconv_triton.stage_backward(d_out, d_buffer, *ctx.saved_tensors, *ctx.constants, needs)
+    result = torch.ops.seqconv_triton.stage_backward(d_out, d_buffer, *_as_saved(ctx), *ctx.constants, needs)
     gradients = Gradients(*result)._asdict()
     return tuple(gradients[name] if wanted else None for name, wanted in needed.items())
 
