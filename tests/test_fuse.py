@@ -231,3 +231,12 @@ def test_files_of_a_fused_model(tmp_path: Path) -> None:
     loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for twin in (loaded, torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(fused)):
         assert torch.equal(twin(x), fused(x))
+
+
+def test_layers_that_share_weights_but_not_bns() -> None:
+    """Each is folded into weights of its own; those of a module outside stay as they are."""
+    first, second = (randomise(sct.Stage(Plan.stage(8, 4, 1), dtype=torch.float64), seed) for seed in (0, 1))
+    second.reduce_weight, second.transform_weight = first.reduce_weight, first.transform_weight
+    model = nn.Sequential(first, second).eval()
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    assert error(sct.fuse(model)(x), model(x)) < 1e-12

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import ImageNetNetwork, SeqResNeXt24
 from seqconv_triton.nn.layers import Stage
+from seqconv_triton.nn.norm import VECTORS, Affine, is_batch_norm
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
-VECTORS = ("weight", "bias", "running_mean", "running_var")
 LISTED = 20
 
 
@@ -34,15 +34,17 @@ class Entry(NamedTuple):
     counter: bool = False
 
 
-def _unit(name: str, weight: Tensor, norm: nn.Module, start: int, count: int) -> Iterator[Entry]:
+def _unit(name: str, weight: Tensor, norm: Any, start: int, count: int) -> Iterator[Entry]:
     """A published conv-BN unit: `weight`, and channels [start, start + count) of `norm`."""
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+    if isinstance(norm, Affine):
         raise ValueError("model is folded (seqconv_triton.fuse): it has no statistics; use the model it was made from")
+    if not is_batch_norm(norm) or any(getattr(norm, vector) is None for vector in (*VECTORS, "num_batches_tracked")):
+        raise ValueError(f"model has a {type(norm).__name__} where the published network has a BN with statistics")
     yield Entry(f"{name}.LinearLayer.weight", weight)
+    unit = f"{name}.BatchNormalizationLayer"
     for vector in VECTORS:
-        yield Entry(f"{name}.BatchNormalizationLayer.{vector}", getattr(norm, vector)[start : start + count])
-    assert norm.num_batches_tracked is not None
-    yield Entry(f"{name}.BatchNormalizationLayer.num_batches_tracked", norm.num_batches_tracked, counter=True)
+        yield Entry(f"{unit}.{vector}", getattr(norm, vector)[start : start + count])
+    yield Entry(f"{unit}.num_batches_tracked", norm.num_batches_tracked, counter=True)
 
 
 def _groups(stage: Stage, names: list[str], split: bool) -> Iterator[Entry]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqconv_triton.models.backbone import Backbone, chosen_stages
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
-from seqconv_triton.nn.layers import Affine, Stage
+from seqconv_triton.nn.layers import Stage
 
 POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
 
@@ -99,7 +99,7 @@ class TimmNetwork(Backbone):
             final = self.stages[last]
             assert isinstance(final, Stage)
             self.stages = nn.ModuleList([*list(self.stages)[:last], features_alone(final)])
-            self.norm = nn.Identity()  # type: ignore[assignment]
+            self.norm = nn.Identity()
             self.num_features = self.feature_info[last]["num_chs"]
         if shortened or prune_norm or prune_head:
             self.reset_classifier(0, "")
@@ -118,14 +118,15 @@ class TimmNetwork(Backbone):
 def features_alone(stage: Stage) -> Stage:
     """A copy of a stage that ends in the activated features of its last block: without extension and tail."""
     plan = stage.plan
-    if isinstance(stage.norm, Affine):
-        raise ValueError("the stage is folded (seqconv_triton.fuse): prune it before folding")
+    norm = stage.norm
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise ValueError(f"the stage's norm is a {type(norm).__name__}: prune before folding (fuse) or freezing BNs")
     blocks = 1 + max(i for i, layer in enumerate(plan.layers) if layer.entry or layer.residual)
     short = dataclasses.replace(
         plan, layers=plan.layers[:blocks], read_channels=plan.layers[blocks - 1].out_channels, tail=None
     )
-    where: dict[str, Any] = {"device": stage.norm.weight.device, "dtype": stage.norm.weight.dtype}
-    new = Stage(short, dropout=stage.dropout, eps=stage.eps, momentum=stage.norm.momentum, **where)  # type: ignore[arg-type]
+    where: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    new = Stage(short, dropout=stage.dropout, eps=stage.eps, momentum=norm.momentum, **where)  # type: ignore[arg-type]
     old = stage.state_dict()
     # Groups lie one behind the other in every packed tensor, and those of the blocks come first.
     for name, tensor in new.state_dict().items():

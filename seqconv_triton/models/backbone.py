@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
-from seqconv_triton.nn.layers import Affine, PackedSeqConv, Stage
+from seqconv_triton.nn.layers import PackedSeqConv, Stage
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -25,7 +25,7 @@ class Backbone(nn.Module):
 
     def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:
         super().__init__()
-        self.norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
+        self.norm: nn.Module
         self.classifier: nn.Module
         self.stem = stem
         self.stages = nn.ModuleList(stages)

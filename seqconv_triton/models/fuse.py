@@ -11,12 +11,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.nn.layers import Affine, PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv
+from seqconv_triton.nn.norm import Affine, read
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,21 +53,22 @@ def fuse(model: Model) -> Model:
             _fold_packed(module)
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
-                module.norm = _affine(module.norm)
+                module.norm = _affine("norm", module.norm, next(module.parameters()))
             for i in range(len(module.stem) - 1):
                 conv, norm = module.stem[i], module.stem[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                     module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return model
 
 
-def _affine(norm: nn.Module) -> Affine:
+def _affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
     """The scale and shift of a BN in evaluation, computed in float64."""
-    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    shift = norm.bias.double() - scale * norm.running_mean.double()
-    return Affine(scale.to(norm.weight.dtype), shift.to(norm.bias.dtype))
+    (weight, bias, mean, var), _, eps, _ = read(name, norm, like)
+    if mean is None or var is None:
+        raise ValueError(f"{name}: a BN without running statistics (track_running_stats=False) cannot be folded")
+    scale = weight.double() * (var.double() + eps).rsqrt()
+    shift = bias.double() - scale * mean.double()
+    return Affine(scale.to(weight.dtype), shift.to(bias.dtype))
 
 
 def _parts(module: nn.Module) -> Iterable[nn.Module]:
@@ -76,33 +79,35 @@ def _parts(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _check_foldable(owner: str, part: nn.Module) -> None:
-    """What is multiplied into a computed weight would be lost, and a BN may have nothing to fold."""
+    """What is multiplied into a computed weight would be lost."""
     for name in ("reduce_weight", "transform_weight", "tail_weight", "weight"):
-        if isinstance(getattr(part, name, None), Tensor) and name not in part._parameters:
+        if isinstance(getattr(part, name, None), Tensor) and not {name} & {*part._parameters, *part._buffers}:
             raise ValueError(
                 f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent "
                 "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
             )
-    if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) and part.running_mean is None:
-        raise ValueError(f"{owner}: a BN without running statistics (track_running_stats=False) cannot be folded")
 
 
 def _fold_packed(module: PackedSeqConv) -> None:
+    """Into weights of its own: other layers may share those it had."""
     plan, k = module.plan, module.plan.group_width
     module.dropout = 0.0
     if module.reduce_norm is not None:
         assert module.reduce_weight is not None
-        module.reduce_norm = inner = _affine(module.reduce_norm)
-        for weight, scale in zip(window_weights(module.reduce_weight, plan, 1), inner.weight.split(k), strict=True):
+        inner = _affine("reduce_norm", module.reduce_norm, module.reduce_weight)
+        reduce = module.reduce_weight.clone()
+        for weight, scale in zip(window_weights(reduce, plan, 1), inner.weight.split(k), strict=True):
             weight.mul_(scale[:, None, None, None])
         inner.weight.fill_(1)
-    module.norm = norm = _affine(module.norm)
+        module.reduce_weight, module.reduce_norm = nn.Parameter(reduce), inner
+    module.norm = norm = _affine("norm", module.norm, module.transform_weight)
     if plan.is_single_layer:
         return  # its raw output may be asked for, and shortcuts added to it
-    assert module.transform_weight is not None
-    transform = transform_weights(module.transform_weight, plan)
+    transform = module.transform_weight.clone()
+    weights = transform_weights(transform, plan)
     missing = plan.total_channels - plan.normalized_channels
     for j in foldable_groups(plan):
         scale = norm.weight[plan.slot(j) - missing :][:k]
-        transform[j].mul_(scale[:, None, None, None])
+        weights[j].mul_(scale[:, None, None, None])
         scale.fill_(1)
+    module.transform_weight = nn.Parameter(transform)

@@ -8,41 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton.backend.contract import Convs, Norms, NormVectors, StageOutput, StatisticsMode
+from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
-from seqconv_triton.backend.ranks import batch_norm, group_name
+from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read, read_both, update_running
 from seqconv_triton.ops import stage as functional
 from seqconv_triton.plan import Plan
-
-
-class Affine(nn.Module):
-    """scale·x + shift for every channel: what is left of a BN whose statistics are folded in (`fuse`)."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
-        weight, bias = (t[channels].to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
-        return torch.addcmul(bias, x, weight)
 
 
 class PackedSeqConv(nn.Module):
     """Parameters and statistics of a plan, packed: one tensor for all 1×1 convs, one for all 3×3 convs, two BNs.
 
     `norm` holds the affine and the statistics of the BN behind every channel of the buffer, `reduce_norm` of those
-    behind the 1×1 convs. They are containers in BatchNorm2d's clothes: freezing one (`eval()`, requires_grad) works
-    as usual, its own forward is never called. Both must be in the same mode. `convert_sync_batchnorm` makes them
-    SyncBatchNorm2ds, `fuse` makes them `Affine`s. With `recompute` the 1×1 convs' outputs are not kept for backward
-    but computed again (gradient checkpointing).
+    behind the 1×1 convs: BatchNorm2ds, or what `norm.py` takes in their place. Both must be in the same mode. With
+    `recompute` the 1×1 convs' outputs are not kept for backward but computed again (gradient checkpointing).
     """
 
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine
-    reduce_norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine | None
+    norm: nn.Module
+    reduce_norm: nn.Module | None
 
     def __init__(
         self,
@@ -67,7 +49,7 @@ class PackedSeqConv(nn.Module):
         appended = len(plan.groups) * plan.group_width
         self.reduce_weight = _parameter(plan.reduce_weight_shape, where)
         self.reduce_norm = nn.BatchNorm2d(appended, eps, momentum, **where) if plan.bottleneck else None
-        self.transform_weight = _parameter(plan.transform_weight_shape, where)
+        self.transform_weight = nn.Parameter(torch.empty(plan.transform_weight_shape, **where))
         self.norm = nn.BatchNorm2d(plan.normalized_channels, eps, momentum, **where)
         self.tail_weight = _parameter(plan.tail_weight_shape, where)
         self.reset_parameters()
@@ -75,12 +57,7 @@ class PackedSeqConv(nn.Module):
     @property
     def eps(self) -> float:
         """That of the BNs, as they have it now. Raises ValueError where the two differ."""
-        norm, reduce_norm = self.norm, self.reduce_norm
-        if isinstance(norm, Affine):
-            return 0.0
-        if isinstance(reduce_norm, nn.BatchNorm2d | nn.SyncBatchNorm) and reduce_norm.eps != norm.eps:
-            raise ValueError(f"norm.eps ({norm.eps}) and reduce_norm.eps ({reduce_norm.eps}) must be equal")
-        return norm.eps
+        return self.read_norms().eps
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,7 +65,6 @@ class PackedSeqConv(nn.Module):
         k = self.plan.group_width
         if self.reduce_weight is not None:
             fan_out_uniform_(self.reduce_weight, k)
-        assert self.transform_weight is not None
         fan_out_uniform_(self.transform_weight, k * 9)
         for group, weight in zip(self.plan.groups, transform_weights(self.transform_weight, self.plan), strict=True):
             if group.residual_start is not None:
@@ -96,27 +72,25 @@ class PackedSeqConv(nn.Module):
         if self.tail_weight is not None:
             fan_out_uniform_(self.tail_weight, self.tail_weight.shape[0] * self.tail_weight[0, 0].numel())
         for norm in (self.norm, self.reduce_norm):
-            if norm is not None:
+            if isinstance(norm, nn.BatchNorm2d | Affine):
                 norm.reset_parameters()
 
     def convs(self) -> Convs:
         """The conv weights as `ops.stage` takes them."""
-        assert self.transform_weight is not None
         return Convs(self.reduce_weight, self.transform_weight, self.tail_weight)
+
+    def read_norms(self) -> StageNorms:
+        """The BNs, what they normalise with, eps and ranks. Raises as `norm.read_both` does."""
+        return read_both(self.norm, self.reduce_norm, self.transform_weight)
 
     def norms(self) -> tuple[Norms, StatisticsMode]:
         """The BNs as `ops.stage` takes them, and which statistics they normalise with."""
-        norm, reduce_norm = self.norm, self.reduce_norm
-        if isinstance(norm, Affine) != isinstance(reduce_norm, Affine) and reduce_norm is not None:
-            raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
-        if reduce_norm is not None and takes_batch_statistics(reduce_norm) != takes_batch_statistics(norm):
-            raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
-        norms = Norms(_vectors(norm), None if reduce_norm is None else _vectors(reduce_norm))
-        return norms, "folded" if isinstance(norm, Affine) else "batch" if takes_batch_statistics(norm) else "running"
+        norms, statistics, _, _ = self.read_norms()
+        return norms, statistics
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
         """`ops.stage` with this module's parameters; updates the running statistics in training."""
-        norms, statistics = self.norms()
+        norms, statistics, eps, group = self.read_norms()
         output = functional.stage(
             x,
             self.convs(),
@@ -125,10 +99,10 @@ class PackedSeqConv(nn.Module):
             statistics=statistics,
             shortcut=shortcut,
             mask=self.draw_mask(x),
-            eps=self.eps,
+            eps=eps,
             keep_buffer=keep_buffer,
             recompute=self.recompute,
-            process_group=self.ranks(),
+            process_group=group,
         )
         if output.statistics is not None and x.shape[0] > 0:
             own = x.shape[0] * x.shape[2] * x.shape[3]
@@ -137,13 +111,6 @@ class PackedSeqConv(nn.Module):
             update_running(self.norm, taken.mean, taken.var, count)
             update_running(self.reduce_norm, taken.inner_mean, taken.inner_var, count)
         return output
-
-    def ranks(self) -> str:
-        """The name of the process group that batch statistics are taken over; empty for this process alone."""
-        if not self.norm.training or not hasattr(self.norm, "process_group"):  # any SyncBatchNorm has one
-            return ""
-        group: Any = self.norm.process_group
-        return group_name(group)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
@@ -225,22 +192,10 @@ class Stage(PackedSeqConv):
         output = self.run(x, keep_buffer=True)
         assert output.buffer is not None
         start, stop = self.feature_channels
-        norm = self.norm
-        raw = output.buffer[:, start:stop]
         offset = self.plan.total_channels - self.plan.normalized_channels
-        own = slice(start - offset, stop - offset)
-        if isinstance(norm, Affine):
-            return output.out, norm.forward(raw, own).relu_()
-        if output.counts is not None:
-            shared = batch_norm(raw, norm.weight[own], norm.bias[own], self.eps, self.ranks())
-            return output.out, shared[0].relu_()
-        if takes_batch_statistics(norm):
-            mean = var = None  # taken again: their gradient then comes for free
-        else:
-            assert norm.running_mean is not None and norm.running_var is not None
-            mean, var = norm.running_mean[own], norm.running_var[own]
-        weight, bias = norm.weight[own], norm.bias[own]
-        features = nn.functional.batch_norm(raw, mean, var, weight, bias, mean is None, 0.0, self.eps)
+        bn = read("norm", self.norm, self.transform_weight)
+        # A batch's statistics are taken again: their gradient then comes for free.
+        features = normalise(output.buffer[:, start:stop], bn, slice(start - offset, stop - offset))
         return output.out, features.relu_()
 
     @property
@@ -259,31 +214,7 @@ def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Param
     return None if shape is None else nn.Parameter(torch.empty(shape, **where))
 
 
-def _vectors(norm: nn.BatchNorm2d | nn.SyncBatchNorm | Affine) -> NormVectors:
-    if isinstance(norm, Affine):
-        return NormVectors(norm.weight, norm.bias)
-    return NormVectors(norm.weight, norm.bias, norm.running_mean, norm.running_var)
-
-
-def takes_batch_statistics(norm: nn.Module) -> bool:
-    """In training, and always where no running statistics are tracked; as BatchNorm does."""
-    return not isinstance(norm, Affine) and (norm.training or norm.running_mean is None)
-
-
 def fan_out_uniform_(weight: Tensor, fan_out: int) -> Tensor:
     """Fill with uniform(−b, b), b = √3·√2 / √fan_out (published initialisation; standard deviation √(2 / fan_out))."""
     bound = math.sqrt(6 / fan_out)
     return weight.uniform_(-bound, bound)
-
-
-@torch.no_grad()
-def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | None, count: int | Tensor) -> None:
-    """Move the running statistics as BatchNorm does: unbiased variance; momentum None is a cumulative average."""
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or mean is None or var is None:
-        return
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-        return
-    norm.num_batches_tracked += 1
-    weight = 1 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), weight)

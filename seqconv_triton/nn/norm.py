@@ -1,0 +1,247 @@
+"""Everything about BNs: which modules may hold one, what a stage reads from them, how their statistics move.
+
+A stage computes its BNs itself: what stands in its `norm` and `reduce_norm` holds affine and statistics, one column a
+channel, and its own forward is only called where somebody watches it (`watched.py`). It may be a BatchNorm or a
+SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or what `fuse` leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
+
+from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
+from seqconv_triton.backend.ranks import batch_norm, group_name
+
+Model = TypeVar("Model", bound=nn.Module)
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+class Affine(nn.Module):
+    """scale·x + shift for every channel: what is left of a BN whose statistics are folded in (`fuse`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale_and_shift(x, self.weight, self.bias)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BN with the training statistics of all ranks, on any device, in one graph under torch.compile.
+
+    Not an nn.SyncBatchNorm, since DistributedDataParallel refuses those on a CPU.
+    """
+
+    process_group: ProcessGroup | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        group = group_name(self.process_group) if self.training else ""
+        if not group:
+            return super().forward(x)
+        weight, bias = affine(self, x)
+        out, mean, var, count = batch_norm(x, weight, bias, self.eps, group)
+        update_running(self, mean, var, count)
+        return out
+
+
+class Reading(NamedTuple):
+    """What a stage takes from one BN; `group` names the process group whose batch it is, empty for this process's."""
+
+    vectors: NormVectors  # mean and var: the running ones, where there are some
+    statistics: StatisticsMode
+    eps: float
+    group: str = ""
+
+
+class StageNorms(NamedTuple):
+    """What a stage takes from both of its BNs."""
+
+    norms: Norms
+    statistics: StatisticsMode
+    eps: float
+    group: str
+
+
+def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
+    """The BN in a module; without an affine it is that of ones and zeros, on the device and in the dtype of `like`.
+
+    Raises TypeError, with the name, for a module that is no BN, ValueError for a BN with a mean or a variance alone.
+    """
+    if isinstance(norm, Affine):
+        return Reading(NormVectors(norm.weight, norm.bias), "folded", 0.0)
+    if not is_batch_norm(norm):
+        if not is_frozen(norm):
+            raise TypeError(_no_batch_norm(name, norm))
+        return Reading(NormVectors(*(getattr(norm, vector) for vector in VECTORS)), "running", _eps(norm))
+    assert isinstance(norm, _BatchNorm)
+    for hook in norm._forward_pre_hooks.values():  # those that make the weight out of other tensors
+        if isinstance(hook, BasePruningMethod):
+            hook(norm, ())
+    mean, var = norm.running_mean, norm.running_var
+    if (mean is None) != (var is None):
+        raise ValueError(f"{name} has running_mean or running_var alone; it needs both, or neither")
+    ranks: Any = norm  # any SyncBatchNorm has a process_group
+    group = group_name(ranks.process_group) if norm.training and hasattr(norm, "process_group") else ""
+    mode: StatisticsMode = "batch" if norm.training or mean is None else "running"
+    return Reading(NormVectors(*affine(norm, like), mean, var), mode, norm.eps, group)
+
+
+def read_both(norm: nn.Module, reduce_norm: nn.Module | None, like: Tensor) -> StageNorms:
+    """The BNs of a stage. Raises as `read` does, and where the two do not go together."""
+    main, mode, eps, group = read("norm", norm, like)
+    if reduce_norm is None:
+        return StageNorms(Norms(main, None), mode, eps, group)
+    inner, inner_mode, inner_eps, inner_group = read("reduce_norm", reduce_norm, like)
+    if (mode == "folded") != (inner_mode == "folded"):
+        raise TypeError("norm and reduce_norm must both be folded (seqconv_triton.fuse), or neither")
+    if mode != inner_mode:
+        raise ValueError("norm and reduce_norm must both be in training or both in evaluation mode")
+    if eps != inner_eps:
+        raise ValueError(f"norm.eps ({eps}) and reduce_norm.eps ({inner_eps}) must be equal")
+    if mode == "batch" and group != inner_group:
+        raise ValueError("norm and reduce_norm must take their statistics over the same ranks (convert_sync_batchnorm)")
+    return StageNorms(Norms(main, inner), mode, eps, group)
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """A BatchNorm that computes as PyTorch's does: subclasses with a forward of their own may do anything."""
+    forward: Any = type(norm).forward
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm2d.forward)
+    return isinstance(norm, _BatchNorm) and any(forward is one for one in known)
+
+
+# Whether it is a frozen BN, by module: asking one costs as much as a small layer.
+_frozen: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_frozen(norm: nn.Module) -> bool:
+    """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
+
+    That is tried out on a copy, once; where values cannot be looked at, one without `momentum` is believed.
+    """
+    vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
+    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not _eps(norm) > 0:
+        return False
+    if any(type(v) not in (Tensor, nn.Parameter) or v.is_meta for v in vectors):
+        return not hasattr(norm, "momentum")
+    if norm not in _frozen:
+        _frozen[norm] = _acts_frozen(norm)
+    return _frozen[norm]
+
+
+@torch.no_grad()
+def _acts_frozen(norm: nn.Module) -> bool:
+    forward: Any = type(norm).forward  # hooks are not for this
+    norm = copy.deepcopy(norm).train()
+    vectors: list[Tensor] = [getattr(norm, vector) for vector in VECTORS]
+    dtype = vectors[0].dtype
+    weight, bias, mean, var = (vector.double() for vector in vectors)
+    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None]
+    expected = F.batch_norm(x, mean, var, weight, bias, False, 0.0, _eps(norm))
+    try:
+        found = forward(norm, x.to(dtype))
+    except Exception:
+        return False
+    tolerance = 64 * torch.finfo(dtype).eps
+    return isinstance(found, Tensor) and torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def _eps(norm: nn.Module) -> float:
+    eps: Any = getattr(norm, "eps", None)
+    return float(eps) if isinstance(eps, int | float) else 0.0
+
+
+def _no_batch_norm(name: str, norm: nn.Module) -> str:
+    kind = type(norm).__name__
+    what = "computes otherwise than BatchNorm2d does" if isinstance(norm, _BatchNorm) else "is no BN"
+    return (
+        f"{name} is a {kind}, which {what}: a stage computes the BNs of all its groups itself, from a BatchNorm2d, a "
+        "SyncBatchNorm, or a frozen BN with weight, bias, running_mean, running_var and eps. For another normalisation "
+        "write the layer with plain convs, as seqconv_triton/backend/reference.py does"
+    )
+
+
+def affine(norm: _BatchNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias, ones and zeros where there is none."""
+    weight = like.new_ones(norm.num_features) if norm.weight is None else norm.weight
+    return weight, like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x [N, C, H, W], in its dtype."""
+    return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
+def normalise(x: Tensor, bn: Reading, channels: slice = slice(None)) -> Tensor:
+    """Some channels of a BN applied to x [N, channels, H, W], with gradients through their batch statistics."""
+    weight, bias, mean, var = (None if vector is None else vector[channels] for vector in bn.vectors)
+    assert weight is not None and bias is not None
+    if bn.statistics == "folded":
+        return scale_and_shift(x, weight, bias)
+    if bn.statistics == "running":
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, bn.eps)
+    if bn.group:
+        return batch_norm(x, weight, bias, bn.eps, bn.group)[0]
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, bn.eps)
+
+
+@torch.no_grad()
+def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | None, count: int | Tensor) -> None:
+    """Move the running statistics by a batch's, mean and biased variance over `count` values, as BatchNorm does."""
+    if not isinstance(norm, _BatchNorm) or not (norm.training and norm.track_running_stats):
+        return
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a cumulative average
+            momentum = norm.num_batches_tracked.double().reciprocal()
+    if norm.running_mean is not None and norm.running_var is not None and mean is not None and var is not None:
+        unbiased = var * (count / (count - 1))
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.lerp_(
+                batch.to(running.dtype), momentum if isinstance(momentum, float) else momentum.to(running.dtype)
+            )
+
+
+def convert_sync_batchnorm(module: Model, process_group: ProcessGroup | None = None) -> Model:
+    """Make every BN inside `module` take its training statistics over all ranks of `process_group` (None: all ranks).
+
+    Works on the module in place, and returns it; its parameters and state dict keys stay. As for PyTorch's own,
+    convert before wrapping in DistributedDataParallel, and the group must exist in every rank.
+    Raises TypeError for anything but a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
+    if isinstance(module, _BatchNorm):
+        return _converted(module, process_group)  # type: ignore[return-value]
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
+
+
+def _converted(norm: _BatchNorm, process_group: ProcessGroup | None) -> SyncBatchNorm2d:
+    new = SyncBatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
+    )
+    new.process_group = process_group
+    # The very same tensors: an optimizer that holds them keeps working.
+    for name, parameter in norm._parameters.items():
+        new.register_parameter(name, parameter)
+    for name, buffer in norm._buffers.items():
+        new.register_buffer(name, buffer)
+    return new.train(norm.training)

@@ -1,0 +1,61 @@
+"""Other libraries' own helpers called on our models, where those libraries are installed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import error, randomise, small_imagenet
+from torch import nn
+
+import seqconv_triton as sct
+
+facility = pytest.mark.facility
+
+
+def library(name: str) -> ModuleType:
+    """The module, or a skip: a torchvision beside another build of torch raises RuntimeError."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as problem:
+        pytest.skip(f"{name}: {problem}")
+
+
+@facility("timm's freeze_batch_norm_2d and unfreeze_batch_norm_2d, torchvision's FrozenBatchNorm2d")
+def test_frozen_by_timm() -> None:
+    utils = library("timm.utils.model")
+    model = randomise(small_imagenet(), layer_b=0.3)
+    x = torch.randn(2, 3, 40, 40)
+    evaluated = model.eval()(x)
+    frozen = utils.freeze_batch_norm_2d(model).train()
+    state = {name: value.clone() for name, value in frozen.state_dict().items()}
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    assert error(frozen(x), evaluated) < 1e-5
+    frozen(x).sum().backward()
+    assert all(torch.equal(value, state[name]) for name, value in frozen.state_dict().items())
+    assert error(sct.fuse(frozen)(x), evaluated) < 1e-5
+    thawed = utils.unfreeze_batch_norm_2d(frozen)
+    assert error(thawed.train()(x), evaluated) > 0.1
+    assert error(thawed.eval()(x), evaluated) > 1e-3  # its statistics have moved
+
+
+def test_frozen_by_torchvision() -> None:
+    frozen = library("torchvision.ops").FrozenBatchNorm2d
+    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
+    x = torch.randn(2, 6, 5, 5)
+    expected = layer.eval()(x)
+    for name in ("norm", "reduce_norm"):
+        norm = getattr(layer, name)
+        new = frozen(norm.num_features, norm.eps)
+        new.load_state_dict(norm.state_dict())
+        setattr(layer, name, new)
+    assert error(layer.train()(x), expected) < 1e-5
+
+
+def test_split_by_timm() -> None:
+    split = library("timm.layers").convert_splitbn_model(small_imagenet(), 3)
+    for training in (True, False):
+        with pytest.raises(TypeError, match="norm is a SplitBatchNorm2d, which computes otherwise"):
+            split.train(training)(torch.randn(6, 3, 40, 40))
