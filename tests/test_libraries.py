@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -59,3 +61,20 @@ def test_split_by_timm() -> None:
     for training in (True, False):
         with pytest.raises(TypeError, match="norm is a SplitBatchNorm2d, which computes otherwise"):
             split.train(training)(torch.randn(6, 3, 40, 40))
+
+
+@facility("accelerate's offloading: cpu_offload, disk_offload")
+def test_offloaded_by_accelerate(tmp_path: Path) -> None:
+    """Weights are on the meta device but for a module's own forward, which those of a stage's BNs never see."""
+    accelerate = library("accelerate")
+    model = randomise(small_imagenet(), layer_b=0.3).eval()
+    x = torch.randn(2, 3, 40, 40)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        expected = model(x)
+        offloaded = accelerate.cpu_offload(copy.deepcopy(model), cpu, offload_buffers=True)
+        on_disk = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path), cpu, offload_buffers=True)
+        for twin in (offloaded, on_disk):
+            for _ in range(2):
+                assert torch.equal(twin(x), expected)
+                assert twin.stages[0].norm.weight.is_meta

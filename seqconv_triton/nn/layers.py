@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
-from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read, read_both, update_running
+from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read_both, update_running
+from seqconv_triton.nn.watched import fetch, show, watched
 from seqconv_triton.ops import stage as functional
 from seqconv_triton.plan import Plan
 
@@ -90,26 +91,38 @@ class PackedSeqConv(nn.Module):
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
         """`ops.stage` with this module's parameters; updates the running statistics in training."""
-        norms, statistics, eps, group = self.read_norms()
+        put_back = fetch(self.norm, self.reduce_norm)
+        output = self._run(self.read_norms(), x, shortcut, keep_buffer)
+        put_back()
+        return output
+
+    def _run(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
+        mask = self.draw_mask(x)
+        shown = [norm for norm in (self.norm, self.reduce_norm) if watched(norm)]
         output = functional.stage(
             x,
             self.convs(),
-            norms,
+            read.norms,
             self.plan,
-            statistics=statistics,
+            statistics=read.statistics,
             shortcut=shortcut,
-            mask=self.draw_mask(x),
-            eps=eps,
-            keep_buffer=keep_buffer,
+            mask=mask,
+            eps=read.eps,
+            keep_buffer=keep_buffer or bool(shown),
             recompute=self.recompute,
-            process_group=group,
+            process_group=read.group,
         )
-        if output.statistics is not None and x.shape[0] > 0:
+        if x.shape[0] == 0:
+            return output
+        if shown:
+            show(self.norm, self.reduce_norm, output, read, self.reduce_weight, self.plan, mask)
+        if output.statistics is not None:
             own = x.shape[0] * x.shape[2] * x.shape[3]
             count = own if output.counts is None else output.counts.sum()
-            taken = output.statistics
-            update_running(self.norm, taken.mean, taken.var, count)
-            update_running(self.reduce_norm, taken.inner_mean, taken.inner_var, count)
+            mean, var, inner_mean, inner_var = output.statistics
+            for norm, vectors in ((self.norm, (mean, var)), (self.reduce_norm, (inner_mean, inner_var))):
+                if norm not in shown:  # those have moved theirs themselves
+                    update_running(norm, *vectors, count)
         return output
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
@@ -189,14 +202,16 @@ class Stage(PackedSeqConv):
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
-        output = self.run(x, keep_buffer=True)
+        put_back = fetch(self.norm, self.reduce_norm)
+        read = self.read_norms()
+        output = self._run(read, x, None, keep_buffer=True)
         assert output.buffer is not None
         start, stop = self.feature_channels
         offset = self.plan.total_channels - self.plan.normalized_channels
-        bn = read("norm", self.norm, self.transform_weight)
         # A batch's statistics are taken again: their gradient then comes for free.
-        features = normalise(output.buffer[:, start:stop], bn, slice(start - offset, stop - offset))
-        return output.out, features.relu_()
+        features = normalise(output.buffer[:, start:stop], read.main, slice(start - offset, stop - offset)).relu_()
+        put_back()
+        return output.out, features
 
     @property
     def feature_channels(self) -> tuple[int, int]:

@@ -75,6 +75,15 @@ class StageNorms(NamedTuple):
     eps: float
     group: str
 
+    @property
+    def main(self) -> Reading:
+        return Reading(self.norms.main, self.statistics, self.eps, self.group)
+
+    @property
+    def inner(self) -> Reading | None:
+        inner = self.norms.inner
+        return None if inner is None else Reading(inner, self.statistics, self.eps, self.group)
+
 
 def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
     """The BN in a module; without an affine it is that of ones and zeros, on the device and in the dtype of `like`.

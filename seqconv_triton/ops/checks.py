@@ -93,7 +93,7 @@ def _check_parameter(name: str, tensor: Tensor | None, wanted: tuple[int, ...] |
 def check_network_input(x: Tensor, weight: Tensor) -> None:
     """Images fit a network's first conv in channels, device and dtype (autocast casts for itself)."""
     check_images("x", x, weight.shape[1])
-    if x.device != weight.device:
+    if x.device != weight.device and not weight.is_meta:  # offloaded weights come with the conv's forward
         raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move both to one device")
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x is {x.dtype} but the model is {weight.dtype}; cast one of them, or use torch.autocast")

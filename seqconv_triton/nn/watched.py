@@ -1,0 +1,105 @@
+"""BNs of a stage whose forward somebody waits for: hooks on them, or a forward put in the place of theirs.
+
+A stage computes its BNs itself, so that theirs is not called. Where it is waited for, it is called behind the stage, on
+the very features it stands for: tools that collect statistics see them, and running statistics are moved by it. What
+it returns cannot be used any more, and must be what the stage computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from seqconv_triton.backend.contract import StageOutput
+from seqconv_triton.backend.packing import group_masks, window_weights
+from seqconv_triton.nn.norm import Reading, StageNorms, normalise
+from seqconv_triton.plan import Plan
+
+# How far apart two computations of one BN may be, relative; in half precision 0.1.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def fetch(*norms: nn.Module | None) -> Callable[[], None]:
+    """Bring weights that accelerate brings for a module's forward alone; the result takes them away again."""
+    offloaded: list[tuple[nn.Module, Any]] = [
+        (norm, norm.__dict__["_hf_hook"]) for norm in norms if norm is not None and "_hf_hook" in norm.__dict__
+    ]
+    for norm, hook in offloaded:
+        hook.pre_forward(norm)
+
+    def put_back() -> None:
+        for norm, hook in offloaded:
+            hook.post_forward(norm, None)
+
+    return put_back
+
+
+def watched(norm: nn.Module | None) -> bool:
+    if norm is None:
+        return False
+    before = [hook for hook in norm._forward_pre_hooks.values() if not isinstance(hook, BasePruningMethod)]
+    hooks = before or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return bool(hooks) or ("forward" in norm.__dict__ and "_hf_hook" not in norm.__dict__)
+
+
+def show(
+    norm: nn.Module,
+    reduce_norm: nn.Module | None,
+    output: StageOutput,
+    read: StageNorms,
+    reduce_weight: Tensor | None,
+    plan: Plan,
+    mask: Tensor | None,
+) -> None:
+    """Call the watched BNs of a stage on what they would have been called on; `output` has the buffer.
+
+    Raises NotImplementedError for backward hooks, RuntimeError where a hook or forward changes what comes out.
+    """
+    raw, batch = output.buffer, output.statistics
+    assert raw is not None
+    offset = plan.total_channels - plan.normalized_channels
+    mean, var, inner_mean, inner_var = (None,) * 4 if batch is None else batch
+    if watched(norm):
+        _call("norm", norm, raw[:, offset:], read.main, mean, var)
+    if reduce_norm is not None and read.inner is not None and reduce_weight is not None and watched(reduce_norm):
+        seen = torch.cat([raw[:, :offset], normalise(raw[:, offset:], read.main).relu()], 1)
+        reduced = _reduced(seen, reduce_weight, plan, mask)
+        _call("reduce_norm", reduce_norm, reduced, read.inner, inner_mean, inner_var)
+
+
+def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, mean: Tensor | None, var: Tensor | None) -> None:
+    """Call a BN on its features [N, channels, H, W]; mean and var are the batch's, where the stage has used those."""
+    if (norm._backward_hooks or norm._backward_pre_hooks) and torch.is_grad_enabled() and raw.requires_grad:
+        raise NotImplementedError(
+            f"{name} has backward hooks, and no gradient passes it: a stage computes its BNs itself. Hook the stage, "
+            "or take torch.autograd.grad with respect to stage.run(x, keep_buffer=True).buffer, the raw features"
+        )
+    if torch.compiler.is_compiling():  # nothing can be compared there
+        norm(raw)
+        return
+    if mean is not None:
+        bn = bn._replace(vectors=bn.vectors._replace(mean=mean, var=var), statistics="running")
+    with torch.no_grad():
+        expected = normalise(raw, bn).double()
+    out = norm(raw)
+    distance = (out.detach().double() - expected).norm() if isinstance(out, Tensor) else torch.inf
+    if not distance <= TOLERANCE.get(raw.dtype, 0.1) * expected.norm():
+        raise RuntimeError(
+            f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
+            "computes its BNs itself and cannot use that"
+        )
+
+
+def _reduced(seen: Tensor, weight: Tensor, plan: Plan, mask: Tensor | None) -> Tensor:
+    """The outputs of all 1×1 convs [N, J·k, H, W] over the activated buffer `seen`."""
+    masks = None if mask is None else group_masks(mask.to(seen.dtype), plan)
+    outputs = []
+    for j, (group, conv) in enumerate(zip(plan.groups, window_weights(weight.to(seen.dtype), plan, 1), strict=True)):
+        window = seen[:, group.window_start : group.window_start + group.window_width]
+        outputs.append(F.conv2d(window if masks is None else window * masks[j][:, :, None, None], conv))
+    return torch.cat(outputs, 1)
