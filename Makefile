@@ -11,12 +11,12 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test facilities lint docs bench gpu format clean
+.PHONY: help demo test emulate facilities lint docs bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  ARGS="..."     passed on to demo, test, bench or gpu:  make test ARGS="-k plan -x"'
+	@echo '  ARGS="..."     passed on to demo, test, emulate, bench or gpu:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
 demo: $(READY) ## Train a small network on handwritten digits, with pictures in out/
@@ -25,6 +25,10 @@ demo: $(READY) ## Train a small network on handwritten digits, with pictures in 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
 test: $(READY) ## Run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# Hours on two cores: every case, configuration and mutation. `make test` executes a share of it in minutes.
+emulate: $(READY) ## Execute the compiled kernels of the whole table without a GPU, results in docs/results/
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(VENV) -m emulator $(ARGS)
 
 facilities: $(READY) ## Run the tests behind docs/facilities.md and write its table
 	OMP_NUM_THREADS=2 $(VENV) tests/facilities.py $(ARGS)

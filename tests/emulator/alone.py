@@ -7,6 +7,7 @@ So the tests of single kernels, which the interpreter runs elsewhere, execute co
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before tests/conftest.py asks for the in
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulate", default="sm_80", help="the architecture that kernels are compiled for")
     parser.addoption("--seed", type=int, default=1, help="the order of programs and warps")
+    parser.addoption("--record", help="a file that gets a line of JSON a test: launches, instructions, findings")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,11 @@ def emulated(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[
     from emulator.driver import Emulator
     from seqconv_triton.kernels.configs import assume, use_tables
 
-    architecture, seed = (request.config.getoption(name) for name in ("--emulate", "--seed"))
+    architecture, seed, record = map(request.config.getoption, ("--emulate", "--seed", "--record"))
     with allowed_on_a_cpu(), assume(architecture), use_tables(), Emulator(architecture, seed) as gpu:
         yield
+    if record:
+        with open(record, "a", encoding="utf-8") as file:
+            json.dump({"counts": gpu.counts(), "findings": gpu.findings()}, file)
+            file.write("\n")
     assert not gpu.errors, "\n".join(map(str, gpu.errors))

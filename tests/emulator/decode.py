@@ -208,7 +208,11 @@ def convert(i: Instruction) -> None:
         i.count = int(bool(rounding) and rounding[0].endswith("i"))
         if not i.count and (towards in "mp" or (towards == "z" and to in ("f16", "bf16"))):
             i.refuse()
-        i.plain("cvt", WIDTH[to], WIDTH[from_])
+        source = WIDTH[from_]
+        if source < 8 and i.tables.slots.is_wide(i.operands[1]):  # the lower bits of a wider register
+            i.flag("WIDE")
+            source = 8
+        i.plain("cvt", WIDTH[to], source)
 
 
 def shuffle(i: Instruction) -> None:

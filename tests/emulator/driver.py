@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,11 @@ from triton.runtime import driver as registry
 
 from emulator import build, machine
 from emulator.ptx import parse
+from emulator.reading import undefined_controls
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}  # bytes of one program
 FLOATS = {"fp16": ("e", "H"), "fp32": ("f", "I"), "fp64": ("d", "Q")}
+UNDEFINED = "guard, address or size in a register that nothing writes"
 STAGES = "the PTX stands for the machine code"
 
 
@@ -48,6 +50,15 @@ class Launch:
     arguments: tuple[tuple[str, Any], ...]
 
 
+@contextmanager
+def ptx_alone() -> Iterator[None]:
+    """Inside, Triton compiles as far as PTX, which takes half as long, into a cache of its own."""
+    with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
+        triton.knobs.cache.dir = str(build.folder() / "triton")
+        triton.knobs.runtime.add_stages_inspection_hook = _without_machine_code
+        yield
+
+
 class Emulator:
     """Triton's driver inside a `with` block, for one architecture and one schedule.
 
@@ -61,18 +72,15 @@ class Emulator:
         self.architecture, self.seed, self.late, self.track = architecture, seed, late, track
         self.change, self.hear = change, hear
         self.results: list[tuple[str, machine.Result]] = []
+        self.addressed: list[torch.Tensor] = []  # what launches that are handed bare addresses may touch
         self.utils = self
         self.launcher_cls = _Launcher
         self._exit = ExitStack()
 
     def __enter__(self) -> Emulator:
         build.library()
-        outer = registry._active
-        for knobs in (triton.knobs.cache, triton.knobs.runtime):
-            self._exit.enter_context(knobs.scope())
-        triton.knobs.cache.dir = str(build.folder() / "triton")
-        triton.knobs.runtime.add_stages_inspection_hook = _without_machine_code
-        self._exit.callback(registry.set_active, outer)
+        self._exit.enter_context(ptx_alone())
+        self._exit.callback(registry.set_active, registry._active)
         registry.set_active(self)  # type: ignore[arg-type]
         return self
 
@@ -85,8 +93,10 @@ class Emulator:
             self.hear(launch)
         function = launch.function
         kernel = parse(function.ptx if self.change is None else self.change(function.name, function.ptx))
+        values = [value for _, value in launch.arguments]
+        by_address = any(kind[0] == "*" and isinstance(value, int) for kind, value in launch.arguments)
         memory = {}
-        for _, value in launch.arguments:
+        for value in values + self.addressed * by_address:
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 memory[storage.data_ptr()] = storage.nbytes()
@@ -97,6 +107,7 @@ class Emulator:
         result = machine.launch(
             kernel, launch.grid, bits, list(memory.items()), function.shared, schedule, track=self.track
         )
+        result.reports.extend(machine.unexecuted(UNDEFINED, kernel, pc) for pc in undefined_controls(kernel))
         self.results.append((function.name, result))
         return result
 

@@ -130,6 +130,11 @@ def launch(
     )  # fmt: skip
 
 
+def unexecuted(finding: str, kernel: Kernel, pc: int) -> Report:
+    """Of an instruction that stands in the text, whether it was met or not."""
+    return Report(finding, kernel.name, kernel.text[pc], kernel.places[pc], "", "", 0, 0, 0, 0, 1)
+
+
 def _worded(report: _Report, kernel: Kernel) -> Report:
     against = report.other_pc >= 0
     return Report(

@@ -21,7 +21,7 @@ MEANINGS = DECODERS | MEMORY_DECODERS
 INLINED = re.compile(r"@\[ (\S+?\.py):(\d+)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """What the machine runs. Of every instruction `places` says which Python line it came from, `text` its PTX.
 
@@ -125,5 +125,5 @@ class _Body:
             self.places.append(self.place)
             try:
                 MEANINGS[instruction.parts[0]](instruction)
-            except (KeyError, ValueError, IndexError, TypeError, StopIteration) as error:
+            except (Unsupported, KeyError, ValueError, IndexError, TypeError) as error:
                 raise Unsupported(f"{text!r}: {type(error).__name__} {error}") from error

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from emulator.driver import Emulator
+from emulator.ptx import parse
+from emulator.reading import products_from_registers, rewritten_operands
 from emulator.sample_kernels import (
     colliding_stores,
     masked_add,
@@ -90,6 +92,15 @@ def test_out_of_bounds() -> None:
     assert all("lane 4" in str(report) for report in gpu.errors)
 
 
+def test_guard_that_nothing_writes() -> None:
+    x, y, out = torch.randn(128), torch.randn(128), torch.empty(128)
+    for change in (None, lambda name, ptx: re.sub(r"@%p\d+ st\.global", "@%p0 st.global", ptx)):
+        with Emulator(change=change) as gpu:
+            masked_add[(1,)](x, y, out, 128, BLOCK=128)
+        undefined = "guard, address or size in a register that nothing writes"
+        assert errors(gpu) == (set() if change is None else {undefined})
+
+
 @pytest.mark.parametrize("differ", [True, False])
 def test_stores_of_two_programs(differ: bool) -> None:
     with Emulator(seed=1) as gpu:
@@ -108,10 +119,17 @@ def test_stores_of_two_lanes(differ: bool) -> None:
 
 @pytest.mark.parametrize(("stages", "block_k", "sound"), [(1, 32, True), (2, 16, True), (2, 32, False), (3, 64, False)])
 def test_wgmma_on_registers_that_are_rewritten(stages: int, block_k: int, sound: bool) -> None:
-    """Triton's issue 9433: the second product of a step may still read registers that the next step fills."""
+    """Triton's issue 9433: the second product of a step may still read registers that the next step fills.
+
+    It is noticed when it happens, and read from the text.
+    """
     a, b, c = random(64, 256).half(), random(256, 32).half(), torch.empty(64, 32)
-    with Emulator("sm_90") as gpu:
+    texts: list[str] = []
+    with Emulator("sm_90", hear=lambda launch: texts.append(launch.function.ptx)) as gpu:
         scaled_product[(1,)](a, b, c, 256, BM=64, BN=32, BK=block_k, num_stages=stages)
     exact = 2 * a.double() @ b.double()
     assert (c.double() - exact).norm() / exact.norm() < 1e-6
     assert errors(gpu) == (set() if sound else {"operand registers of a wgmma rewritten before its wait"})
+    kernel = parse(texts[0])
+    assert products_from_registers(kernel) > 0
+    assert (not rewritten_operands(kernel)) == sound

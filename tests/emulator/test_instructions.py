@@ -128,6 +128,8 @@ INTEGERS: dict[str, Callable[[int, int, int], int]] = {
     "mul.wide.s32 %rd5, %r1, %r2;\nshr.s64 %rd6, %rd5, 17;\ncvt.u32.u64 %r0, %rd6;":
         lambda a, b, c: signed(a) * signed(b) >> 17,
     "mov.b64 %rd5, {%r1, %r2};\nmov.b64 {%r4, %r0}, %rd5;": lambda a, b, c: b,
+    "mov.b64 %rd5, {%r1, %r2};\ncvt.s64.s32 %rd6, %rd5;\nshr.s64 %rd6, %rd6, 16;\ncvt.u32.u64 %r0, %rd6;":
+        lambda a, b, c: signed(a) >> 16,
     "mov.b32 {_, %h2}, %r1;\ncvt.s32.s16 %r0, %h2;": lambda a, b, c: signed(a >> 16, 16),
     "cvt.u16.u32 %h1, %r1;\ncvt.u32.u16 %r0, %h1;": lambda a, b, c: a & 0xFFFF,
 }  # fmt: skip

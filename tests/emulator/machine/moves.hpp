@@ -107,7 +107,8 @@ inline void convert(const Operands& on) {  // how: from, extra: to, immediate: r
     u32 *d = on.slot(0), *a = on.slot(1);
     const int from = int(i.how), to = int(i.extra);
     each_lane(on.mask, [&](int l) {
-        Value v = read_as(from, a, l, on.flag(FTZ));
+        u32 low = on.flag(WIDE) ? u32(get<u64>(a, l)) : 0;
+        Value v = on.flag(WIDE) ? read_as(from, &low, 0, false) : read_as(from, a, l, on.flag(FTZ));
         if (from < F16) {
             f64 real = from == U64 ? f64(u64(v.whole)) : f64(v.whole);
             if (to == F32) put<f32>(d, l, from == U64 ? f32(u64(v.whole)) : f32(v.whole));  // one rounding

@@ -1,0 +1,185 @@
+"""What `make emulate` does, as tasks for several processes: each returns a row for results.py."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seqconv_triton as sct
+from emulator.cases import ARCHITECTURES, CASES, DTYPES
+from emulator.check import check, float32_products
+from emulator.configurations import Choices, turns
+from emulator.driver import ptx_alone
+from emulator.mutations import record, shares
+from emulator.ptx import parse
+from emulator.reading import products_from_registers, rewritten_operands
+from seqconv_triton.kernels.candidates import MOST, candidates
+from seqconv_triton.kernels.configs import hear_keys
+from seqconv_triton.tools import ahead
+
+TESTS = Path(__file__).parent.parent
+PARTS = ("cases", "configurations", "alone", "mutations", "wgmma")
+MUTATED = ("basic-k8-many-tiles", "k8-s2-many-tiles", "stage-k8-many-tiles")
+MODELS = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
+SEEDS_OF_MUTATIONS = (1, 2, 3, 4, 5)
+
+
+@dataclass
+class Row:
+    """What a task found."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    findings: Counter[str] = field(default_factory=Counter)
+    complaints: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # largest relative RMS of outputs and of gradients
+    kernels: list[str] = field(default_factory=list)
+    mutations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{name} {size:.1e}" for name, size in self.errors.items())
+        places = sum(share["places"] for share in self.mutations)
+        silent = sum(len(share["silent"]) for share in self.mutations)
+        noticed = f"{places - silent} of {places} mutations noticed" if places else ""
+        counted = f"{self.counts['launches']} launches" if self.counts["launches"] else ""
+        read = f"{self.counts['kernels_read']} kernels read" if self.counts["kernels_read"] else ""
+        said = [*filter(None, [counted, errors, noticed, read]), f"{len(self.complaints)} complaints"]
+        return f"{', '.join(said)} ({self.seconds:.0f} s)"
+
+
+@dataclass(frozen=True)
+class Task:
+    part: str
+    architecture: str
+    dtype: str
+    case: str
+    work: Callable[[], Row]
+
+    @property
+    def name(self) -> str:
+        return f"{self.part} {self.architecture} {self.dtype} {self.case}"
+
+
+def all_tasks(seeds: int) -> list[Task]:
+    tasks = []
+    for architecture in ARCHITECTURES:
+        for dtype in DTYPES:
+            place = architecture, dtype
+            for case in CASES:
+                work = partial(run_case, case, *place, range(seeds))
+                tasks.append(Task("cases", *place, case, work))
+        # float16 and bfloat16 have the same configurations: they take turns.
+        for dtypes in (("fp16", "bf16"), ("tf32",)):
+            for number, (case, choices) in enumerate(turns(CASES.values(), dtypes[0], architecture)):
+                place = architecture, dtypes[number % len(dtypes)]
+                work = partial(run_case, case.name, *place, (0, 1 + number % 8), choices, only_training=True)
+                tasks.append(Task("configurations", *place, f"{case.name} {number}", work))
+        for seed in range(1, 1 + seeds):
+            tasks.append(Task("alone", architecture, "all", f"seed {seed}", partial(run_alone, architecture, seed)))
+        for case in MUTATED:
+            tasks.append(Task("mutations", architecture, "fp16", case, partial(run_mutations, case, architecture)))
+    for model in MODELS:
+        for dtype in DTYPES:
+            tasks.append(Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype)))
+    return tasks
+
+
+def execute(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
+    """Rows as they come. A task that raises is a complaint."""
+    # Processes begin anew: a forked one would share threads, and Triton's state, with this one.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=50) as pool:
+        waiting = {pool.submit(timed, task.work): task for task in tasks}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def timed(work: Callable[[], Row]) -> Row:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    try:
+        row = work()
+    except Exception as error:
+        row = Row(complaints=[f"{type(error).__name__}: {error}"])
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def run_case(
+    case: str, architecture: str, dtype: str, seeds: Sequence[int], choices: Choices | None = None,
+    only_training: bool = False,
+) -> Row:  # fmt: skip
+    row = Row()
+    tables = () if choices is None else (choices,)
+    for training in (True,) if only_training else (True, False):
+        outcome = check(CASES[case], dtype, architecture, training, list(seeds), tables)
+        row.counts.update(outcome.counts)
+        row.findings.update(outcome.findings)
+        row.complaints += outcome.complaints
+        row.kernels += sorted(outcome.kernels - set(row.kernels))
+        for name, (size, _) in {"output": outcome.output, "gradient": outcome.gradient}.items():
+            row.errors[name] = max(size, row.errors.get(name, 0.0))
+    row.counts["configurations"] = len(choices or ())
+    return row
+
+
+def run_alone(architecture: str, seed: int) -> Row:
+    """The tests of single kernels."""
+    row = Row()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines"
+        lines.touch()
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "emulator.alone",
+                "--emulate", architecture, "--seed", str(seed), "--record", str(lines), str(TESTS / "test_kernels.py"),
+            ],
+            env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,
+        )  # fmt: skip
+        for line in lines.read_text("utf-8").splitlines():
+            found = json.loads(line)
+            row.counts.update(found["counts"])
+            row.findings.update(found["findings"])
+            row.counts["tests"] += 1
+    if done.returncode:
+        row.complaints.append(done.stdout[-3000:])
+    return row
+
+
+def run_mutations(case: str, architecture: str) -> Row:
+    row = Row()
+    for recording in record(CASES[case], "fp16", architecture):
+        row.mutations += [vars(share) for share in shares(recording, architecture, SEEDS_OF_MUTATIONS)]
+    return row
+
+
+def read_products(model: str, dtype: str) -> Row:
+    """The PTX of a model's launches for sm_90 is read, as the heuristic and as every candidate configure them."""
+    row, network, seen = Row(), sct.create_model(model, device="meta"), set()
+    with float32_products("tf32" if dtype == "tf32" else "ieee"), ptx_alone():
+        with hear_keys() as heard:
+            ahead.launches(network, 224, 32, DTYPES[dtype], "sm_90")
+        choices = {key: candidates(key, "sm_90") for key in dict.fromkeys(heard)}
+        for number in range(MOST):
+            table = {key: own[number] for key, own in choices.items() if number < len(own)}
+            for item in ahead.launches(network, 224, 32, DTYPES[dtype], "sm_90", tables=(table,)):
+                if item in seen:
+                    continue
+                seen.add(item)
+                kernel = parse(ahead.build(item, ahead.TARGETS["sm_90"]).asm["ptx"])
+                row.counts.update(kernels_read=1, products_from_registers=products_from_registers(kernel))
+                row.complaints += [f"{kernel.name}: {found}" for found in rewritten_operands(kernel)]
+    return row
