@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from seqconv_triton.kernels.data_gradient import data_gradient
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from bench.subjects import stage_of
 from seqconv_triton.backend.triton.parts import Geometry
 from seqconv_triton.kernels.convolution import convolution
-from seqconv_triton.kernels.data_gradient import data_gradient
 from seqconv_triton.kernels.launch import FORWARD_ROWS, MEAN, VAR, Features, Scratch
 from seqconv_triton.kernels.statistics import input_statistics
 from seqconv_triton.kernels.weight_gradient import weight_gradient

@@ -60,7 +60,7 @@ def test_every_candidate_of_a_stage_is_right_and_the_fastest_chosen(monkeypatch:
 def timer_of_stages(run: Callable[[], object]) -> tuple[float, float, float]:
     """Half the time with four stages of loads in flight; it runs nothing."""
     heard: list[int] = []
-    with launch.listen(lambda kernel, arguments, constants: heard.append(constants["num_stages"])):
+    with launch.listen(lambda kernel, grid, arguments: heard.append(arguments["num_stages"])):
         run()
     return (0.5,) * 3 if heard[0] == 4 else (1.0,) * 3
 

@@ -174,7 +174,7 @@ def test_kernel_switches_in_one_thread(kernels: Any) -> None:
 
     def blocks() -> AbstractContextManager[Any]:
         stack = ExitStack()
-        for block in (configs.use_tables(measured), configs.pin("data_gradient", 32, 16), configs.assume("gfx942")):
+        for block in (configs.use_tables(measured), configs.pin("pull", 32, 16), configs.assume("gfx942")):
             stack.enter_context(block)
         return stack
 
@@ -182,7 +182,7 @@ def test_kernel_switches_in_one_thread(kernels: Any) -> None:
         outside = configs.pinned()
         with blocks(), configs.hear_keys() as keys:
             assert configs.config_for(*key[:4], taps=1) == measured[key]
-            assert configs.config_for("data_gradient", 64, 64, 2).block_p == 32
+            assert configs.config_for("pull", 64, 64, 2).block_p == 32
             assert configs.smallest_tile("sm_90") == 16
             assert configs.architecture(cpu) == "gfx942"
             inside = configs.pinned()
@@ -193,7 +193,7 @@ def test_kernel_switches_in_one_thread(kernels: Any) -> None:
 
     def another() -> Parts:
         assert configs.config_for(*key[:4], taps=1) == plain
-        assert configs.config_for("data_gradient", 64, 64, 2).block_p != 32
+        assert configs.config_for("pull", 64, 64, 2).block_p != 32
         assert configs.smallest_tile("sm_90") == 64
         assert configs.architecture(cpu) == "sm_90"
         yield

@@ -93,7 +93,7 @@ def test_stage_follows_float64(case: str, training: bool) -> None:
 def test_basic_layers_over_many_tiles() -> None:
     """A program reads its neighbours' pixels of the gradient before: no other may have written over them."""
     layer = randomise(sct.SeqConv2d(12, 12, 4))
-    with pin("data_gradient", 16, 16):
+    with pin("pull", 16, 16):
         assert_follows_float64(layer, torch.randn(2, 12, 5, 5), layer_raw, 1e-5)
 
 
@@ -208,6 +208,6 @@ def test_empty_batch_and_refusals() -> None:
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seqconv_triton.backend.triton.forward.INTERPRETED", False)
+    monkeypatch.setattr("seqconv_triton.backend.triton.parts.INTERPRETED", False)
     with sct.use_backend("triton"), pytest.raises(ValueError, match="needs a GPU"):
         sct.SeqConv2d(4, 4, 2)(torch.randn(1, 4, 3, 3))

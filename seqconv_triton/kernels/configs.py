@@ -23,10 +23,11 @@ from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
     "convolution": ("gfx", "sm_8"),
-    "data_gradient": ("gfx", "sm_8"),
+    "transposed": ("gfx", "sm_8"),
+    "pull": ("gfx", "sm_8"),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
-WITH_SUMS = ("convolution", "data_gradient")  # families whose tiles of pixels leave sums in `launch.Scratch`
+WITH_SUMS = ("convolution", "transposed", "pull")  # families whose tiles of pixels leave sums in `launch.Scratch`
 
 
 class LaunchConfig(NamedTuple):
@@ -158,17 +159,28 @@ def next_power_of_2(n: int) -> int:
 
 
 def channel_tile(channels: int, group: int, most: int = 128) -> int:
-    """Output channels of one tile: whole conv groups, at least the 16 that a matrix instruction takes.
+    """Output channels of one tile, at least the 16 that a matrix instruction takes.
 
-    `channels` are all the conv's, `group` those of one conv group. Small groups are packed block-diagonally; where no
-    power of two covers whole groups, one tile takes all channels.
+    `channels` are all the conv's, `group` those of one conv group (as `packing_factor` packs them): a tile is a part of
+    one, or has them all.
     """
-    if group == channels:
-        return max(16, min(most, next_power_of_2(channels)))
-    packed = group * max(1, -(-16 // group))
-    if packed & (packed - 1) == 0 and channels % packed == 0:
-        return min(most, packed) if group >= most else packed
-    return max(16, next_power_of_2(channels))
+    if group == channels or group % 16:
+        return max(16, min(most if group == channels else channels, next_power_of_2(channels)))
+    return min(most, group)
+
+
+def packing_factor(groups: int, group_in: int, group_out: int) -> int:
+    """How many neighbouring conv groups are laid out as one block-diagonal group: up to 64 channels, or all.
+
+    Sides of a packed group are powers of two from 16 on, so that tiles hold whole groups, unless it is the only one.
+    """
+
+    def fits(factor: int) -> bool:
+        return all(is_tile(factor * side) for side in (group_in, group_out))
+
+    factors = [f for f in range(1, groups + 1) if groups % f == 0 and (fits(f) or f == groups)]
+    full = [f for f in factors if f * max(group_in, group_out) <= 64]
+    return max(full) if full else min(factors)
 
 
 def architecture(device: torch.device) -> str:
@@ -249,21 +261,12 @@ def config_for(
 def heuristic(key: Key, arch: str) -> LaunchConfig:
     """A good configuration that was not measured.
 
-    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 32 registers a thread.
+    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 64 registers a thread.
     """
     kernel, reduction, block_n, element_size, taps = key
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    block_k = max(16, min(64, next_power_of_2(reduction)))
+    block_k = max(16, min(64 if element_size == 2 else 32, next_power_of_2(reduction)))
     if kernel == "weight_gradient":
-        return LaunchConfig(32, block_n, block_k, 4, stages)
-    if element_size == 4:
-        block_k = min(32, block_k)
-    # Nine taps of gradients that go through BN on load need registers: a smaller tile, or they spill.
-    crowded = kernel == "data_gradient" and taps > 1
-    block_p = 128 if block_n <= 64 and not crowded else 64
-    blackwell = arch.startswith(("sm_10", "sm_12"))  # its accumulators are not in registers
-    if kernel == "data_gradient" and blackwell and taps == 1:
-        stages = 2
-    if kernel == "convolution" and block_p == 128 and not blackwell:  # longer steps cost half the occupancy
-        block_k = min(32, block_k)
-    return LaunchConfig(block_p, block_n, block_k, 8 if block_p * block_n >= (4096 if crowded else 8192) else 4, stages)
+        return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 4, stages)
+    block_p = 128 if block_n <= 64 else 64
+    return LaunchConfig(block_p, block_n, block_k, 4, stages)

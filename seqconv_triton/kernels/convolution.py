@@ -1,14 +1,16 @@
-"""Convolution over a channel window, BN-ReLU on load: y = W ∗ (mask · relu(scale·x + shift)) [+ shortcut].
+"""Convolution over channels that are ready: y = W ∗ (mask · x) [+ shortcut], and what its BN needs or gives.
 
-One kernel for the 1×1 convs over a window (paper, Eq. 4), the 3×3 convs of a group, grouped or over the window (Eq. 2),
-and the tail. Weights lie as [C_out, taps, C_in of a conv group]. In training it also takes the statistics of its
-float32 accumulators, which the last program to arrive turns into the BN behind it (`statistics.py`).
+One kernel for the 1×1 convs over a window (paper, Eq. 4), the 3×3 convs inside a group, grouped or over the window
+(Eq. 2), and the tail. x is activated already, each value once, so that loads go straight into the matrix unit. Where the
+BN behind is known, the epilogue stores relu(BN(y)); in training it takes the statistics of its float32 accumulators,
+which the last program to arrive turns into mean and variance (`statistics.py`). Then the first reader of a group's
+channels, a 1×1 conv, activates them and stores them for the others: `Newest`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,165 +19,172 @@ from torch import Tensor
 from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
 from seqconv_triton.kernels.launch import (
     FAN,
+    BatchNorm,
     ConvShape,
-    Features,
     Scratch,
-    aligned,
     alignment,
     cdiv,
-    channel_offset,
-    covered,
     precision,
-    recorders,
     row_stride,
     run,
+    tunable,
     wide,
 )
 from seqconv_triton.kernels.statistics import finish_statistics
-
-
-@triton.jit
-def activate(value, scale_ptr, shift_ptr, channels, mask_c, IDENTITY: tl.constexpr):
-    """relu(scale·value + shift) in float32; the first IDENTITY channels of the buffer are activated already."""
-    scale = tl.load(scale_ptr + channels, mask=mask_c, other=0.0)
-    shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0)
-    affine = value * scale[None, :] + shift[None, :]
-    positive = tl.where(affine < 0, 0.0, affine)  # keeps a NaN, as torch does
-    if IDENTITY > 0:
-        positive = tl.where((channels < IDENTITY)[None, :], value, positive)
-    return positive
+from seqconv_triton.kernels.tiles import affine, aligned, conv_product, masked_product, rectified, taps_inside
 
 
 @triton.jit(
     do_not_specialize=[
-        "start", "width", "P", "H", "W", "OUT_H", "OUT_W",
-        "stride_x", "step_x", "stride_mask", "stride_shortcut", "stride_y", "stride_norm",
+        "start", "c_in", "P", "H", "W", "OUT_H", "OUT_W", "stride_x", "stride_mask", "stride_newest",
+        "stride_shortcut", "stride_raw", "stride_activated",
     ]
 )  # fmt: skip
-def convolution_forward_kernel(
-    x_ptr, scale_ptr, shift_ptr, mask_ptr, weight_ptr, shortcut_ptr, y_ptr,
-    mean_ptr, m2_ptr, counter_ptr, norm_ptr,
-    start, width, P, H, W, OUT_H, OUT_W,
-    stride_x, step_x, stride_mask, stride_shortcut, stride_y, stride_norm, eps,
-    C_OUT: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr, RANGE: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STATISTICS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
+def convolution_kernel(
+    x_ptr, weight_ptr, mask_ptr, shortcut_ptr, raw_ptr, activated_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr,
+    newest_ptr, newest_gamma_ptr, newest_beta_ptr, newest_mean_ptr, newest_var_ptr,
+    tile_mean_ptr, tile_m2_ptr, counter_ptr,
+    start, c_in, P, H, W, OUT_H, OUT_W,
+    stride_x, stride_mask, stride_newest, stride_shortcut, stride_raw, stride_activated, eps,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUP_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    NEWEST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FAN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [P_in, …] from channel `start` on; READ of its channels exist (the tail may read them repeatedly).
+    """x [P_in, …] from channel `start` on; conv groups of c_in → GROUP_OUT channels, each of whole tiles of BLOCK_N.
 
-    RANGE input channels, from the first one of the tile's first conv group on, cover what the tile's outputs see.
-    Without a RANGE the conv is one group over a window of `width`. ALIGN divides offsets and strides.
+    C_IN is c_in, or 0 where dense layers share a kernel. The last NEWEST of the c_in channels are raw and lie at
+    `newest`: they are activated here and stored in x. ALIGN divides c_in, offsets and strides.
     """
-    start, stride_x, step_x = aligned(start, ALIGN), aligned(stride_x, ALIGN), aligned(step_x, ALIGN)
-    stride_mask, stride_y = aligned(stride_mask, ALIGN), aligned(stride_y, ALIGN)
-    stride_shortcut = aligned(stride_shortcut, ALIGN)
-    if RANGE:
-        reach: tl.constexpr = RANGE
-        group_in: tl.constexpr = GROUP_IN
-        total: tl.constexpr = GROUP_IN * (C_OUT // GROUP_OUT)
+    start, stride_x, stride_mask = aligned(start, ALIGN), aligned(stride_x, ALIGN), aligned(stride_mask, ALIGN)
+    stride_newest, stride_shortcut = aligned(stride_newest, ALIGN), aligned(stride_shortcut, ALIGN)
+    stride_raw, stride_activated = aligned(stride_raw, ALIGN), aligned(stride_activated, ALIGN)
+    if C_IN > 0:
+        reach: tl.constexpr = C_IN
     else:
-        reach = aligned(width, ALIGN)
-        group_in = reach
-        total = reach
+        reach = aligned(c_in, ALIGN)
+    EVEN_N: tl.constexpr = C_OUT % BLOCK_N == 0
+    READY: tl.constexpr = C_IN - NEWEST if C_IN > 0 else 0
+    EVEN_K: tl.constexpr = READY > 0 and READY % BLOCK_K == 0
     pid_p, pid_n = tl.program_id(0), tl.program_id(1)
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    if WIDE:
-        offs_p = offs_p.to(tl.int64)
     mask_p = offs_p < P
-    image = offs_p // (OUT_H * OUT_W)
-    out_h, out_w = (offs_p // OUT_W) % OUT_H, offs_p % OUT_W
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C_OUT
-    first = (pid_n * BLOCK_N // GROUP_OUT) * group_in
+
+    rows, bits, image = offs_p, offs_p, offs_p
+    if mask_ptr is not None or KERNEL > 1 or STRIDE > 1:
+        image = offs_p // (OUT_H * OUT_W)
+    if KERNEL > 1 or STRIDE > 1:
+        h, w = (offs_p // OUT_W) % OUT_H * STRIDE, offs_p % OUT_W * STRIDE
+        rows = (image * H + h) * W + w
+        bits = taps_inside(h, w, mask_p, H, W, KERNEL)
+    if WIDE:
+        rows, offs_p, image = rows.to(tl.int64), offs_p.to(tl.int64), image.to(tl.int64)
+    first = pid_n * BLOCK_N // GROUP_OUT * reach  # input channel of the tile's conv group
+    x = x_ptr + rows * stride_x + start + first  # [BLOCK_P]
+    weight = weight_ptr + offs_n * (reach * KERNEL * KERNEL)  # [BLOCK_N]
+    if mask_ptr is not None:
+        mask_ptr += first
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
-    for tap in range(KERNEL * KERNEL):
-        in_h = out_h * STRIDE + tap // KERNEL - KERNEL // 2
-        in_w = out_w * STRIDE + tap % KERNEL - KERNEL // 2
-        inside = mask_p & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
-        rows = x_ptr + ((image * H + in_h) * W + in_w) * stride_x  # [BLOCK_P]
-        for k0 in range(0, reach, BLOCK_K):
-            offs_k = first + k0 + tl.arange(0, BLOCK_K)
-            mask_k = (k0 + tl.arange(0, BLOCK_K) < reach) & (offs_k < total)
-            offs_r = offs_k % READ if READ else offs_k
-            channels = start + offs_r
-            valid = inside[:, None] & mask_k[None, :]
-            x = tl.load(
-                rows[:, None] + channel_offset(channels, step_x, BLOCK)[None, :], mask=valid, other=0.0
-            )  # [BLOCK_P, BLOCK_K]
-            x = activate(x.to(tl.float32), scale_ptr, shift_ptr, channels, mask_k, IDENTITY)
-            x = tl.where(valid, x, 0.0)  # the padding is zero behind the activation
-            if HAS_MASK:
-                dropped = mask_ptr + image[:, None] * stride_mask + offs_r[None, :]
-                x *= tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
-            # Position within the conv group of each output; outside it the block-diagonal weight is zero.
-            inner = offs_k[:, None] - (offs_n // GROUP_OUT)[None, :] * group_in
-            held = mask_k[:, None] & mask_n[None, :] & (inner >= 0) & (inner < group_in)
-            place = (offs_n[None, :] * (KERNEL * KERNEL) + tap) * group_in + inner
-            weight = tl.load(weight_ptr + place, mask=held, other=0.0)  # [BLOCK_K, BLOCK_N]
-            acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
+    acc = conv_product(
+        acc, x, bits, mask_p, image, reach - NEWEST, W, stride_x, weight, reach, mask_n, mask_ptr, stride_mask,
+        KERNEL, False, READY, EVEN_K, EVEN_N, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if newest_ptr is not None:
+        # One stage: the left side of a product that is computed must not be overwritten while that is under way.
+        for k0 in tl.range(0, NEWEST, BLOCK_K, num_stages=1):
+            offs_k = k0 + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < NEWEST
+            valid = mask_p[:, None] & mask_k[None, :]
+            raw = tl.load(newest_ptr + offs_p[:, None] * stride_newest + offs_k[None, :], mask=valid, other=0.0)
+            scale, shift = affine(
+                newest_gamma_ptr, newest_beta_ptr, newest_mean_ptr, newest_var_ptr, offs_k, mask_k, eps
+            )
+            value = rectified(raw.to(tl.float32), scale, shift).to(x_ptr.dtype.element_ty)
+            offs_k += reach - NEWEST
+            tl.store(x[:, None] + offs_k[None, :], value, mask=valid)
+            factor = tl.load(weight[None, :] + offs_k[:, None], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = masked_product(acc, value, factor, mask_ptr, image, stride_mask, offs_k, valid, PRECISION)
 
     stored = mask_p[:, None] & mask_n[None, :]
-    if HAS_SHORTCUT:
+    if shortcut_ptr is not None:
         shortcut = shortcut_ptr + offs_p[:, None] * stride_shortcut + offs_n[None, :]
         acc += tl.load(shortcut, mask=stored, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs_p[:, None] * stride_y + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=stored)
-    if STATISTICS:
-        count = tl.minimum(P - pid_p * BLOCK_P, BLOCK_P).to(tl.float32)
-        mean = tl.sum(tl.where(stored, acc, 0.0), axis=0) / count
-        deviation = tl.where(stored, acc - mean[None, :], 0.0)
+    if raw_ptr is not None:
+        raw = acc.to(raw_ptr.dtype.element_ty)
+        tl.store(raw_ptr + offs_p[:, None] * stride_raw + offs_n[None, :], raw, mask=stored)
+    if activated_ptr is not None:
+        scale, shift = affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, offs_n, mask_n, eps)
+        value = rectified(acc, scale, shift).to(activated_ptr.dtype.element_ty)
+        tl.store(activated_ptr + offs_p[:, None] * stride_activated + offs_n[None, :], value, mask=stored)
+    if tile_mean_ptr is not None:
         finish_statistics(
-            mean, tl.sum(deviation * deviation, axis=0), mean_ptr, m2_ptr, counter_ptr, norm_ptr, stride_norm,
-            C_OUT, offs_n, mask_n, P, eps, BLOCK_P, BLOCK_N, FAN,
+            acc, stored, tile_mean_ptr, tile_m2_ptr, counter_ptr, mean_ptr, var_ptr,
+            C_OUT, offs_n, mask_n, P, BLOCK_P, BLOCK_N, FAN,
         )  # fmt: skip
 
 
+class Newest(NamedTuple):
+    """The last channels of a window, raw [P, C] and not activated yet, and their BN."""
+
+    raw: Tensor
+    norm: BatchNorm
+
+
+@tunable
 def convolution(
-    source: Features,
+    x: Tensor,
     start: int,
     weight: Tensor,
     shape: ConvShape,
-    out: Tensor,
     *,
+    raw: Tensor | None = None,
+    activated: Tensor | None = None,
+    norm: BatchNorm | None = None,
     mask: Tensor | None = None,
     shortcut: Tensor | None = None,
-    norm: Tensor | None = None,
+    newest: Newest | None = None,
     scratch: Scratch | None = None,
     eps: float = 0.0,
 ) -> None:
-    """out [P_out, c_out] = weight ∗ act(source[:, start:]) [+ shortcut]; with `scratch` also `norm`'s statistics."""
-    if recorders.get():
-        recorders.get()[-1](convolution, locals())
-    grid, constants = _fixed(
-        shape, source.identity, source.block, mask is not None, shortcut is not None, scratch is not None,
-        alignment(
-            shape.c_out, start, shape.read if shape.own_width else 0, source.rows.stride(-2), source.step,
-            row_stride(mask), row_stride(shortcut), out.stride(0),
+    """raw [P_out, c_out] = weight ∗ x[:, start:] [+ shortcut], activated = relu(norm(raw)); either may be None.
+
+    x [P_in, …] is activated, weight [c_out, taps, c_in of a conv group]. With `scratch` norm's mean and variance are
+    written, those of raw over its pixels, and `activated` must be None.
+    """
+    new = newest.raw.shape[1] if newest is not None else 0
+    grid, constants = _constants(
+        shape, new, mask is not None, alignment(
+            shape.group_in, start, x.stride(0), row_stride(mask), row_stride(shortcut), row_stride(raw),
+            row_stride(activated), 0 if newest is None else newest.raw.stride(0), new,
         ),
-        wide(source.rows, mask, shortcut, out), precision(out.dtype), out.element_size(),
-        architecture(out.device), pinned(),
+        wide(x, mask, shortcut, raw, activated), precision(x.dtype), x.element_size(),
+        architecture(x.device), pinned(),
     )  # fmt: skip
-    sums = (source.scale,) * 3 if scratch is None else scratch
+    sums = scratch or Scratch(None, None, None)
+    gamma, beta, mean, var = norm or BatchNorm(None, None, None, None)
+    last = newest.norm if newest is not None else BatchNorm(None, None, None, None)
     run(
-        convolution_forward_kernel, grid,
-        source.rows, source.scale, source.shift, source.rows if mask is None else mask, weight,
-        source.rows if shortcut is None else shortcut, out, *sums, source.scale if norm is None else norm,
-        start, shape.read, shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width,
-        source.rows.stride(-2), source.step, row_stride(mask), row_stride(shortcut), out.stride(0),
-        0 if norm is None else norm.stride(0), eps, **constants,
+        convolution_kernel, grid,
+        x_ptr=x, weight_ptr=weight, mask_ptr=mask, shortcut_ptr=shortcut, raw_ptr=raw, activated_ptr=activated,
+        gamma_ptr=gamma, beta_ptr=beta, mean_ptr=mean, var_ptr=var,
+        newest_ptr=newest.raw if newest is not None else None, newest_gamma_ptr=last.weight, newest_beta_ptr=last.bias,
+        newest_mean_ptr=last.mean, newest_var_ptr=last.var,
+        tile_mean_ptr=sums.first, tile_m2_ptr=sums.second, counter_ptr=sums.counters,
+        start=start, c_in=shape.group_in, P=shape.out_pixels, H=shape.height, W=shape.width,
+        OUT_H=shape.out_height, OUT_W=shape.out_width,
+        stride_x=x.stride(0), stride_mask=row_stride(mask),
+        stride_newest=newest.raw.stride(0) if newest is not None else 0, stride_shortcut=row_stride(shortcut),
+        stride_raw=row_stride(raw), stride_activated=row_stride(activated), eps=eps, **constants,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
-def _fixed(
+def _constants(
     shape: ConvShape,
-    identity: int,
-    block: int,
-    has_mask: bool,
-    has_shortcut: bool,
-    statistics: bool,
+    newest: int,
+    masked: bool,
     align: int,
     wide: bool,
     precision: str,
@@ -183,18 +192,15 @@ def _fixed(
     arch: str,
     pins: object,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and compile-time constants: derived once, not for every launch."""
+    """Grid and compile-time constants."""
     block_n = channel_tile(shape.c_out, shape.group_out)
-    reach = covered(block_n, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    # A window of its own width takes the tile of a long one, so that all such share a kernel.
-    config = config_for("convolution", 64 if shape.own_width else reach, block_n, element_size, arch, shape.kernel**2)
-    repeated = shape.read < shape.total_in
+    reach = 64 if shape.dense else shape.group_in - newest
+    config = config_for("convolution", max(reach, newest), block_n, element_size, arch, shape.kernel**2)
+    if masked:  # as for the newest channels
+        config = config._replace(num_stages=1)
     return (cdiv(shape.out_pixels, config.block_p), cdiv(shape.c_out, block_n)), dict(
-        C_OUT=shape.c_out, GROUP_IN=0 if shape.own_width else shape.group_in, GROUP_OUT=shape.group_out,
-        READ=shape.read if repeated else 0, RANGE=0 if shape.own_width else reach,
-        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=identity,
-        HAS_MASK=has_mask, HAS_SHORTCUT=has_shortcut, STATISTICS=statistics, ALIGN=align,
-        BLOCK=block, WIDE=wide, PRECISION=precision, FAN=FAN,
+        C_IN=0 if shape.dense else shape.group_in, C_OUT=shape.c_out, GROUP_OUT=shape.group_out,
+        KERNEL=shape.kernel, STRIDE=shape.stride, NEWEST=newest, ALIGN=align, WIDE=wide, PRECISION=precision, FAN=FAN,
         BLOCK_P=config.block_p, BLOCK_N=block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,48 +1,34 @@
-"""What all launchers share: the shape of a conv, stored features and their BN, scratch memory, the launch itself."""
+"""What all launchers share: the shape of a conv, a BN, scratch memory, and the launch itself, by keyword."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from seqconv_triton.kernels.configs import architecture, smallest_tile
 
-
-@triton.jit
-def channel_offset(channels, step, BLOCK: tl.constexpr):
-    """Where channels lie in a pixel's row: side by side (BLOCK 0), or in groups of BLOCK that are `step` apart."""
-    if BLOCK == 0:
-        return channels
-    else:
-        return (channels // BLOCK).to(tl.int64) * step + channels % BLOCK
-
-
-@triton.jit
-def aligned(value, ALIGN: tl.constexpr):
-    """`value`, a multiple of ALIGN, as one that the compiler knows to be a multiple: only then are loads wide."""
-    return value // ALIGN * ALIGN
-
-
-INTERPRETED = not isinstance(channel_offset, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU
 FAN = 32  # tiles whose sums the last of them to arrive adds up; then the last of those adds up the rest
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+Listener = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
+Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
 
-# Rows of a BN's vectors; those from D_WEIGHT on exist in backward only.
-WEIGHT, BIAS, MEAN, VAR, SCALE, SHIFT, D_WEIGHT, D_BIAS, A, B, C = range(11)
-FORWARD_ROWS, BACKWARD_ROWS = 6, 11
+_listener: ContextVar[Listener | None] = ContextVar("seqconv_triton_listener", default=None)
+recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("seqconv_triton_recorders", default=())
 
 
 class ConvShape(NamedTuple):
-    """A conv on [batch, ·, height, width]: conv groups of group_in → group_out channels over `read` stored channels.
+    """A conv on [batch, ·, height, width]: conv groups of group_in → group_out channels.
 
-    `own_width` marks a dense layer's window, whose width grows from group to group: it is not compiled in.
+    `dense` marks a dense layer's window, whose channels grow from group to group: they are not compiled in.
     """
 
     batch: int
@@ -53,8 +39,7 @@ class ConvShape(NamedTuple):
     c_out: int
     group_in: int
     group_out: int
-    read: int
-    own_width: bool = False
+    dense: bool = False
 
     @property
     def out_height(self) -> int:
@@ -73,48 +58,52 @@ class ConvShape(NamedTuple):
         return self.batch * self.out_height * self.out_width
 
     @property
+    def class_pixels(self) -> int:
+        """Pixels of one of the stride² classes into which a transposed conv divides them, rounded up."""
+        return self.batch * cdiv(self.height, self.stride) * cdiv(self.width, self.stride)
+
+    @property
     def total_in(self) -> int:
         return self.group_in * (self.c_out // self.group_out)
 
 
-class Features(NamedTuple):
-    """Stored features and how a reader activates them: relu(scale·v + shift), but for the first `identity`.
+class BatchNorm(NamedTuple):
+    """Some BNs in a row, float32 [C] each; without mean and var, weight and bias are scale and shift."""
 
-    `rows` [P, …] is channels-last; with `block`, [groups, P, block] is group-blocked. scale and shift are float32.
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class NormGradient(NamedTuple):
+    """Where a BN's backward goes, float32: of weight and bias [C], and a, b, c [3, C] of dx = a·g + b·x + c."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    coefficients: Tensor | None
+
+
+class Windows(NamedTuple):
+    """Convs over windows of one buffer, `shape` that of the widest.
+
+    Group i reads [i·k, i·k + channels), unless row i of `table`, int64, says otherwise: window start, its channels,
+    offset of its weight, of its dropout mask. `most` is the widest window, `align` divides all these numbers.
     """
 
-    rows: Tensor
-    scale: Tensor
-    shift: Tensor
-    identity: int = 0
-    block: int = 0
-
-    @property
-    def step(self) -> int:
-        """Elements from one group of channels to the next; 0 where they lie side by side."""
-        return self.rows.stride(0) if self.block else 0
-
-
-class Readers(NamedTuple):
-    """Convs that read windows of one buffer, a row each: window start, its width, offset of its weight, of its mask.
-
-    `align` divides every entry.
-    """
-
-    rows: Tensor
+    shape: ConvShape
+    channels: int
+    most: int
+    table: Tensor | None
     align: int
-
-    @classmethod
-    def table(cls, rows: Sequence[tuple[int, ...]]) -> Readers:
-        return cls(torch.tensor(rows, dtype=torch.int64), alignment(*(entry for row in rows for entry in row)))
 
 
 class Scratch(NamedTuple):
     """Room for two sums of every tile of pixels and of every FAN tiles, and counters of who has arrived (zero)."""
 
-    first: Tensor
-    second: Tensor
-    counters: Tensor
+    first: Tensor | None
+    second: Tensor | None
+    counters: Tensor | None
 
     @classmethod
     def allocate(cls, like: Tensor, pixels: int, channels: int) -> Scratch:
@@ -125,25 +114,18 @@ class Scratch(NamedTuple):
         return cls(sums[0], sums[1], counters)
 
 
-Listener = Callable[..., None]
-Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
-
-_listener: ContextVar[Listener | None] = ContextVar("seqconv_triton_listener", default=None)
-recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("seqconv_triton_recorders", default=())
-
-
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel, or tell a listener of it (`ahead.py` compiles what it hears of)."""
+def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a kernel, or tell a listener of it (`tools/ahead.py` compiles what it hears of)."""
     listener = _listener.get()
     if listener is None:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
     else:
-        listener(kernel, arguments, constants)
+        listener(kernel, grid, arguments)
 
 
 @contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """Inside, this thread launches nothing: `listener(kernel, arguments, constants)` hears of every launch instead."""
+    """Inside, this thread launches nothing: `listener(kernel, grid, arguments)` hears of every launch instead."""
     token = _listener.set(listener)
     try:
         yield
@@ -161,15 +143,35 @@ def record(recorder: Recorder) -> Iterator[None]:
         recorders.reset(token)
 
 
+def tunable(launcher: Launcher) -> Launcher:
+    """A launcher whose calls `record` hears of."""
+    signature = inspect.signature(launcher)
+
+    @wraps(launcher)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if heard := recorders.get():
+            heard[-1](call, dict(signature.bind(*arguments, **options).arguments))
+        return launcher(*arguments, **options)
+
+    return call  # type: ignore[return-value]
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU
+
+
 def precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch allows it for matrix products and for convolutions.
+    """How a product of float32 is computed: as TF32 where PyTorch's convolutions would be (their switch, not matmul's).
 
     `fp32_precision` follows `allow_tf32` too; reading `allow_tf32` raises once somebody has set `fp32_precision`.
     """
     if dtype != torch.float32:
         return "ieee"
-    switches = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if switches == ("tf32", "tf32") else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def wide(*tensors: Tensor | None) -> bool:

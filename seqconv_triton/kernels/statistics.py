@@ -2,7 +2,6 @@
 
 mean = Σ n_t·mean_t / P and M2 = Σ (M2_t + n_t·(mean_t − mean)²) over the tiles t (Chan et al., 1983); in backward Σg
 and Σg·x̂. FAN tiles at a time, then all of those, always in the same order whoever comes last: two runs, same bits.
-A BN's vectors are rows of one float32 array (`launch.py` names them), as many elements apart as `stride_norm`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.launch import FAN, Scratch, cdiv, run, wide
-
-ELEMENTWISE_P, ELEMENTWISE_C = 64, 64
+from seqconv_triton.kernels.launch import FAN, BatchNorm, Scratch, cdiv, row_stride, run, wide
 
 
 @triton.jit
@@ -55,38 +52,35 @@ def merged_statistics(
 
 @triton.jit
 def finish_statistics(
-    mean, m2, mean_ptr, m2_ptr, counter_ptr, norm_ptr, stride_norm, C, offs_n, mask_n, pixels, eps,
+    x, valid, tile_mean_ptr, tile_m2_ptr, counter_ptr, mean_ptr, var_ptr, C, offs_n, mask_n, pixels,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """From a tile's mean and M2; whoever is last writes mean, biased variance, and BN as scale and shift."""
+    """Take part with a tile x [TILE, BLOCK_N] of float32; whoever is last writes mean and biased variance."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
+    count = tl.minimum(pixels - tile * TILE, TILE).to(tl.float32)
+    mean = tl.sum(tl.where(valid, x, 0.0), axis=0) / count
+    deviation = tl.where(valid, x - mean[None, :], 0.0)
     chunks = tl.cdiv(tiles, FAN)
-    tl.store(mean_ptr + tile * C + offs_n, mean, mask=mask_n)
-    tl.store(m2_ptr + tile * C + offs_n, m2, mask=mask_n)
+    tl.store(tile_mean_ptr + tile * C + offs_n, mean, mask=mask_n)
+    tl.store(tile_m2_ptr + tile * C + offs_n, tl.sum(deviation * deviation, axis=0), mask=mask_n)
     chunk = tile // FAN
     counters = counter_ptr + tl.program_id(1) * (chunks + 1)
     first = chunk * FAN
     last = tl.minimum(first + FAN, tiles)
     if arrived_last(counters + chunk, last - first):
         chunk_mean, chunk_m2 = merged_statistics(
-            mean_ptr, m2_ptr, first, last, C, offs_n, mask_n, pixels, TILE, BLOCK_N, FAN
+            tile_mean_ptr, tile_m2_ptr, first, last, C, offs_n, mask_n, pixels, TILE, BLOCK_N, FAN
         )
-        mean_ptr += tiles * C
-        m2_ptr += tiles * C
-        tl.store(mean_ptr + chunk * C + offs_n, chunk_mean, mask=mask_n)
-        tl.store(m2_ptr + chunk * C + offs_n, chunk_m2, mask=mask_n)
+        tile_mean_ptr += tiles * C
+        tile_m2_ptr += tiles * C
+        tl.store(tile_mean_ptr + chunk * C + offs_n, chunk_mean, mask=mask_n)
+        tl.store(tile_m2_ptr + chunk * C + offs_n, chunk_m2, mask=mask_n)
         if arrived_last(counters + chunks, chunks):
             all_mean, all_m2 = merged_statistics(
-                mean_ptr, m2_ptr, 0, chunks, C, offs_n, mask_n, pixels, TILE * FAN, BLOCK_N, FAN
+                tile_mean_ptr, tile_m2_ptr, 0, chunks, C, offs_n, mask_n, pixels, TILE * FAN, BLOCK_N, FAN
             )
-            var = all_m2 / pixels
-            weight = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
-            bias = tl.load(norm_ptr + stride_norm + offs_n, mask=mask_n, other=0.0)
-            scale = weight / tl.sqrt(var + eps)
-            tl.store(norm_ptr + 2 * stride_norm + offs_n, all_mean, mask=mask_n)
-            tl.store(norm_ptr + 3 * stride_norm + offs_n, var, mask=mask_n)
-            tl.store(norm_ptr + 4 * stride_norm + offs_n, scale, mask=mask_n)
-            tl.store(norm_ptr + 5 * stride_norm + offs_n, bias - scale * all_mean, mask=mask_n)
+            tl.store(mean_ptr + offs_n, all_mean, mask=mask_n)
+            tl.store(var_ptr + offs_n, all_m2 / pixels, mask=mask_n)
 
 
 @triton.jit
@@ -106,73 +100,86 @@ def merged_sums(
 
 
 @triton.jit
-def finish_gradients(
-    sum_g, sum_gx, g_ptr, gx_ptr, counter_ptr, norm_ptr, stride_norm, C, offs_n, mask_n, pixels, eps,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, FAN: tl.constexpr,
+def finish_gradient(
+    g, g_ptr, stride_g, raw_ptr, stride_raw, gamma_ptr, beta_ptr, mean_ptr, var_ptr,
+    d_gamma_ptr, d_beta_ptr, coefficient_ptr, tile_g_ptr, tile_gx_ptr, counter_ptr,
+    offs_p, offs_n, valid, mask_n, C, pixels, eps, BATCH: tl.constexpr, BLOCK_N: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """From a tile's Σg and Σg·x̂; whoever is last writes dγ, dβ and BN's backward dx = a·g + b·x + c.
+    """Take a tile of a gradient through ReLU, store it, and take part in its BN's backward.
 
-    dx = γ·rstd·(g − Σg/P − x̂·Σ(g·x̂)/P); running statistics (not BATCH) have no b and c.
+    Whoever is last writes dγ, dβ and the coefficients [3, C] of dx = a·g + b·x + c, which is
+    γ·rstd·(g − Σg/P − x̂·Σ(g·x̂)/P); running statistics (not BATCH) have no b and c. Without statistics x̂ is x.
     """
+    raw = tl.load(raw_ptr + offs_p[:, None] * stride_raw + offs_n[None, :], mask=valid, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0)
+    beta = tl.load(beta_ptr + offs_n, mask=mask_n, other=0.0)
+    mean = tl.zeros_like(gamma)
+    rstd = tl.zeros_like(gamma) + 1.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
+        rstd = 1.0 / tl.sqrt(tl.load(var_ptr + offs_n, mask=mask_n, other=1.0) + eps)
+    scale = gamma * rstd
+    positive = raw * scale[None, :] + (beta - scale * mean)[None, :] > 0
+    g = tl.where(valid & positive, g, 0.0)
+    tl.store(g_ptr + offs_p[:, None] * stride_g + offs_n[None, :], g.to(g_ptr.dtype.element_ty), mask=valid)
+
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     chunks = tl.cdiv(tiles, FAN)
-    tl.store(g_ptr + tile * C + offs_n, sum_g, mask=mask_n)
-    tl.store(gx_ptr + tile * C + offs_n, sum_gx, mask=mask_n)
+    tl.store(tile_g_ptr + tile * C + offs_n, tl.sum(g, axis=0), mask=mask_n)
+    normal = (raw - mean[None, :]) * rstd[None, :]
+    tl.store(tile_gx_ptr + tile * C + offs_n, tl.sum(g * normal, axis=0), mask=mask_n)
     chunk = tile // FAN
     counters = counter_ptr + tl.program_id(1) * (chunks + 1)
     first = chunk * FAN
     last = tl.minimum(first + FAN, tiles)
     if arrived_last(counters + chunk, last - first):
-        chunk_g, chunk_gx = merged_sums(g_ptr, gx_ptr, first, last, C, offs_n, mask_n, BLOCK_N, FAN)
-        g_ptr += tiles * C
-        gx_ptr += tiles * C
-        tl.store(g_ptr + chunk * C + offs_n, chunk_g, mask=mask_n)
-        tl.store(gx_ptr + chunk * C + offs_n, chunk_gx, mask=mask_n)
+        chunk_g, chunk_gx = merged_sums(tile_g_ptr, tile_gx_ptr, first, last, C, offs_n, mask_n, BLOCK_N, FAN)
+        tile_g_ptr += tiles * C
+        tile_gx_ptr += tiles * C
+        tl.store(tile_g_ptr + chunk * C + offs_n, chunk_g, mask=mask_n)
+        tl.store(tile_gx_ptr + chunk * C + offs_n, chunk_gx, mask=mask_n)
         if arrived_last(counters + chunks, chunks):
-            all_g, all_gx = merged_sums(g_ptr, gx_ptr, 0, chunks, C, offs_n, mask_n, BLOCK_N, FAN)
-            weight = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
-            mean = tl.load(norm_ptr + 2 * stride_norm + offs_n, mask=mask_n, other=0.0)
-            rstd = 1.0 / tl.sqrt(tl.load(norm_ptr + 3 * stride_norm + offs_n, mask=mask_n, other=1.0) + eps)
-            a = weight * rstd
-            b = tl.zeros((BLOCK_N,), dtype=tl.float32)
-            c = tl.zeros((BLOCK_N,), dtype=tl.float32)
+            all_g, all_gx = merged_sums(tile_g_ptr, tile_gx_ptr, 0, chunks, C, offs_n, mask_n, BLOCK_N, FAN)
+            b = tl.zeros_like(gamma)
+            c = tl.zeros_like(gamma)
             if BATCH:
-                b = -a * rstd * all_gx / pixels
-                c = -a * all_g / pixels - b * mean
-            tl.store(norm_ptr + 6 * stride_norm + offs_n, all_gx, mask=mask_n)
-            tl.store(norm_ptr + 7 * stride_norm + offs_n, all_g, mask=mask_n)
-            tl.store(norm_ptr + 8 * stride_norm + offs_n, a, mask=mask_n)
-            tl.store(norm_ptr + 9 * stride_norm + offs_n, b, mask=mask_n)
-            tl.store(norm_ptr + 10 * stride_norm + offs_n, c, mask=mask_n)
+                b = -scale * rstd * all_gx / pixels
+                c = -scale * all_g / pixels - b * mean
+            tl.store(d_gamma_ptr + offs_n, all_gx, mask=mask_n)
+            tl.store(d_beta_ptr + offs_n, all_g, mask=mask_n)
+            tl.store(coefficient_ptr + offs_n, scale, mask=mask_n)
+            tl.store(coefficient_ptr + C + offs_n, b, mask=mask_n)
+            tl.store(coefficient_ptr + 2 * C + offs_n, c, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "stride_x", "stride_copy"])
 def input_statistics_kernel(
-    x_ptr, mean_ptr, m2_ptr, counter_ptr, norm_ptr, P, CHANNELS, stride_x, stride_norm, eps,
-    WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FAN: tl.constexpr,
+    x_ptr, copy_ptr, tile_mean_ptr, tile_m2_ptr, counter_ptr, mean_ptr, var_ptr, P, stride_x, stride_copy,
+    CHANNELS: tl.constexpr, WIDE: tl.constexpr, FAN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of x [P, CHANNELS] into its BN's vectors."""
-    pid_p = tl.program_id(0)
-    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    """Mean and variance of x [P, CHANNELS], which is copied along the way."""
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
     if WIDE:
         offs_p = offs_p.to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < CHANNELS
-    valid = (offs_p < P)[:, None] & mask_c[None, :]
-    x = tl.load(x_ptr + offs_p[:, None] * stride_x + offs_c[None, :], mask=valid, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / tl.minimum(P - pid_p * BLOCK_P, BLOCK_P).to(tl.float32)
-    deviation = tl.where(valid, x - mean[None, :], 0.0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < CHANNELS
+    valid = mask_p[:, None] & mask_n[None, :]
+    x = tl.load(x_ptr + offs_p[:, None] * stride_x + offs_n[None, :], mask=valid, other=0.0)
+    tl.store(copy_ptr + offs_p[:, None] * stride_copy + offs_n[None, :], x, mask=valid)
     finish_statistics(
-        mean, tl.sum(deviation * deviation, axis=0), mean_ptr, m2_ptr, counter_ptr, norm_ptr, stride_norm,
-        CHANNELS, offs_c, mask_c, P, eps, BLOCK_P, BLOCK_C, FAN,
+        x.to(tl.float32), valid, tile_mean_ptr, tile_m2_ptr, counter_ptr, mean_ptr, var_ptr,
+        CHANNELS, offs_n, mask_n, P, BLOCK_P, BLOCK_N, FAN,
     )  # fmt: skip
 
 
-def input_statistics(x: Tensor, norm: Tensor, scratch: Scratch, eps: float) -> None:
-    """Statistics of x [P, C] into the MEAN, VAR, SCALE and SHIFT rows of norm [rows, C]."""
+def input_statistics(x: Tensor, copy: Tensor, norm: BatchNorm, scratch: Scratch) -> None:
+    """Mean and biased variance of x [P, C] into those of norm, and x into `copy`, [P, C] too."""
     pixels, channels = x.shape
+    block_p, block_n = 64, 64
     run(
-        input_statistics_kernel, (cdiv(pixels, ELEMENTWISE_P), cdiv(channels, ELEMENTWISE_C)),
-        x, *scratch, norm, pixels, channels, x.stride(0), norm.stride(0), eps,
-        WIDE=wide(x), BLOCK_P=ELEMENTWISE_P, BLOCK_C=ELEMENTWISE_C, FAN=FAN,
+        input_statistics_kernel, (cdiv(pixels, block_p), cdiv(channels, block_n)),
+        x_ptr=x, copy_ptr=copy, tile_mean_ptr=scratch.first, tile_m2_ptr=scratch.second, counter_ptr=scratch.counters,
+        mean_ptr=norm.mean, var_ptr=norm.var, P=pixels, stride_x=row_stride(x), stride_copy=row_stride(copy),
+        CHANNELS=channels, WIDE=wide(x, copy), FAN=FAN, BLOCK_P=block_p, BLOCK_N=block_n,
     )  # fmt: skip

@@ -1,161 +1,275 @@
-"""Weight gradients of all groups of a stage in one launch: dW_i[o, tap, c] = Σ_p dy_i[p, o]·act(x[p @ tap, c]).
+"""Weight gradients of all groups of a stage in one launch: dW_i[o, c, tap] = Σ_p dy_i[p, o]·act(x[p + tap, c]).
 
-A batched matrix product over the pixels, split into SPLITS runs of pixels; the partial sums are added in a fixed order
-afterwards, so that two runs give the same bits.
+A batched matrix product over the pixels. With stride 1 its rows are pairs of a tap and an output, which share the pixels
+of x: dy[p − tap] needs no activation, so that x is activated once for a whole tile of rows. Groups whose windows overlap
+form a band with common columns. With a longer stride the columns are pairs of a tap and a channel instead. Split into
+runs of pixels; the partial sums are added in a fixed order afterwards, so that two runs give the same bits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import architecture, channel_tile, config_for
-from seqconv_triton.kernels.convolution import activate
+from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, next_power_of_2, packing_factor
 from seqconv_triton.kernels.launch import (
+    BatchNorm,
     ConvShape,
-    Features,
-    Readers,
-    aligned,
+    Windows,
     alignment,
     cdiv,
-    channel_offset,
     covered,
     precision,
-    recorders,
     row_stride,
     run,
+    tunable,
     wide,
 )
+from seqconv_triton.kernels.tiles import affine, aligned, rectified, taps_inside
+
+
+@triton.jit(do_not_specialize=["P", "H", "W", "OUT_H", "OUT_W"])
+def pixel_table_kernel(
+    bits_ptr, rows_ptr, P, H, W, OUT_H, OUT_W, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """For every output pixel: a bit a tap, whether it is inside, and the row that the middle tap reads."""
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    h, w = (offs_p // OUT_W) % OUT_H * STRIDE, offs_p % OUT_W * STRIDE
+    tl.store(bits_ptr + offs_p, taps_inside(h, w, mask_p, H, W, KERNEL), mask=mask_p)
+    tl.store(rows_ptr + offs_p, (offs_p // (OUT_H * OUT_W) * H + h) * W + w, mask=mask_p)
+
+
+def pixel_table(shape: ConvShape, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(bits, rows), int32 [P_out] each, for the loops over pixels, which then hold no division."""
+    pixels = shape.out_pixels
+    bits, rows = torch.empty((2, pixels), dtype=torch.int32, device=like.device)
+    run(
+        pixel_table_kernel, (cdiv(pixels, 256),),
+        bits_ptr=bits, rows_ptr=rows, P=pixels, H=shape.height, W=shape.width, OUT_H=shape.out_height,
+        OUT_W=shape.out_width, KERNEL=shape.kernel, STRIDE=shape.stride, BLOCK_P=256,
+    )  # fmt: skip
+    return bits, rows
+
+
+@triton.jit
+def windows_of_rows(
+    group, readers_ptr, groups, ROWS: tl.constexpr, TAPS: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """First channel, channels, and where weight and dropout mask begin, of each row's group; the last one's beyond."""
+    group = tl.minimum(group, groups - 1)
+    if readers_ptr is None:
+        return group * ROWS, group * 0 + WINDOW, group * (ROWS * TAPS * WINDOW), group * WINDOW
+    else:
+        row = readers_ptr + group * 4
+        start, width = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
+        return start, width, tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
 
 
 @triton.jit(
     do_not_specialize=[
-        "P", "H", "W", "OUT_H", "OUT_W", "share", "size",
-        "stride_dy", "step_dy", "stride_x", "step_x", "step_block", "step_scale", "stride_mask",
+        "P", "W", "pixels", "share", "size", "groups", "stride_dy", "step_dy", "stride_x", "step_x", "step_norm", "stride_mask",
     ]
 )  # fmt: skip
 def weight_gradient_kernel(
-    dy_ptr, x_ptr, scale_ptr, shift_ptr, mask_ptr, groups_ptr, partial_ptr,
-    P, H, W, OUT_H, OUT_W, share, size,
-    stride_dy, step_dy, stride_x, step_x, step_block, step_scale, stride_mask,
-    ROWS: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, READ: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr, TILES_N: tl.constexpr,
-    WINDOWS: tl.constexpr, HAS_MASK: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, mask_ptr, readers_ptr, bits_ptr, rows_ptr, partial_ptr,
+    P, W, pixels, share, size, groups, stride_dy, step_dy, stride_x, step_x, step_norm, stride_mask, eps,
+    ROWS: tl.constexpr, ROW_TILE: tl.constexpr, BAND: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr,
+    WINDOW: tl.constexpr, REACH: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
+    TILES_N: tl.constexpr, TILES_M: tl.constexpr, STRETCH: tl.constexpr, WINDOWS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of outputs × tap × tile of inputs, group, split) writes partial[split, weight offset + …].
+    """Program (tile of outputs, of rows and of columns; band of groups; run of pixels) writes its part of `partial`.
 
-    A row of `groups` is (start, width, offset of its weight, offset of its mask) as in `data_gradient_kernel`; group
-    i's dy and x begin i·step_dy and i·step_x elements on, the affine of its x i·step_scale channels on. ALIGN divides
-    offsets, strides and steps.
+    WINDOWS: group i reads [i·ROWS, i·ROWS + WINDOW) of x, or what row i of `readers` says, and BAND groups share their
+    columns. Otherwise it has dy and x of its own, step_dy and step_x apart, and conv groups of GROUP_IN → GROUP_OUT
+    channels, of which REACH inputs cover ROW_TILE outputs. ALIGN divides offsets, strides and steps.
     """
     stride_dy, step_dy, stride_x = aligned(stride_dy, ALIGN), aligned(step_dy, ALIGN), aligned(stride_x, ALIGN)
-    step_x, step_block, stride_mask = aligned(step_x, ALIGN), aligned(step_block, ALIGN), aligned(stride_mask, ALIGN)
-    size, step_scale = aligned(size, ALIGN), aligned(step_scale, ALIGN)
-    pid, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    step_x, stride_mask, step_norm = aligned(step_x, ALIGN), aligned(stride_mask, ALIGN), aligned(step_norm, ALIGN)
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    ROW_TAPS: tl.constexpr = TAPS if STRIDE == 1 else 1
+    pid, band, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile_n, rest = pid % TILES_N, pid // TILES_N
-    tap, tile_m = rest % (KERNEL * KERNEL), rest // (KERNEL * KERNEL)
-    start = aligned(tl.load(groups_ptr + group * 4).to(tl.int32), ALIGN)
-    width = aligned(tl.load(groups_ptr + group * 4 + 1).to(tl.int32), ALIGN)
+    tile_m, tile_o = rest % TILES_M, rest // TILES_M
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < ROWS
-    # Inputs of the tile: from the first conv group that its outputs belong to.
-    offs_n = (tile_m * BLOCK_M // GROUP_OUT) * GROUP_IN + tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < width
-    offs_r = offs_n % READ if READ else offs_n
-    channels = start + offs_r
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    dy_ptr += tl.cast(group, tl.int64) * step_dy
-    x_ptr += tl.cast(group, tl.int64) * step_x
-    own = group * step_scale
+    # A row is a tap, a group of the band and an output; a column a tap and a channel. One of the two taps is 0.
+    row_tap, inner = offs_m // (BAND * ROW_TILE), offs_m % (BAND * ROW_TILE)
+    group, output = band * BAND + inner // ROW_TILE, tile_o * ROW_TILE + inner % ROW_TILE
+    mask_m = (row_tap < ROW_TAPS) & (group < groups) & (output < ROWS)
+    if STRIDE == 1:
+        column_tap, column = tl.zeros_like(offs_n), offs_n
+    else:
+        column_tap, column = offs_n // REACH, offs_n % REACH
+    if WINDOWS:
+        start, width, _, dropped = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
+        first = tl.min(start, axis=0)  # a window begins where the one before it does, or behind
+        channels = first + column
+        mask_n = channels < tl.max(start + width, axis=0)
+        dropped = tl.max(dropped, axis=0)
+    else:
+        channels = tile_o * ROW_TILE // GROUP_OUT * GROUP_IN + column
+        mask_n = (column < REACH) & (column_tap < TAPS)
+        x_ptr += band.to(tl.int64) * step_x
+    place_m = group.to(tl.int64) * step_dy + output
+    place_n = channels
+    if KERNEL > 1:
+        place_m -= ((row_tap // KERNEL - KERNEL // 2) * W + row_tap % KERNEL - KERNEL // 2) * stride_dy * (STRIDE == 1)
+        place_n += (
+            ((column_tap // KERNEL - KERNEL // 2) * W + column_tap % KERNEL - KERNEL // 2) * stride_x * (STRIDE > 1)
+        )
+    # What the compiler cannot see through the divisions: neighbouring rows, or columns, of a tap lie side by side.
+    place_m = tl.max_contiguous(tl.multiple_of(place_m, STRETCH), STRETCH)
+    place_n = tl.max_contiguous(tl.multiple_of(place_n, STRETCH), STRETCH)
+    mask_m, mask_n = tl.max_constancy(mask_m, STRETCH), tl.max_constancy(mask_n, STRETCH)
+    if gamma_ptr is not None:
+        behind = channels - IDENTITY + (0 if WINDOWS else band * step_norm)
+        scale, shift = affine(
+            gamma_ptr, beta_ptr, mean_ptr, var_ptr, behind, mask_n & (channels >= IDENTITY), eps
+        )  # fmt: skip
 
+    dy_columns, x_columns = dy_ptr + place_m, x_ptr + place_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for p0 in range(split * share, tl.minimum(split * share + share, P), BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
-        if WIDE:
-            offs_p = offs_p.to(tl.int64)
         mask_p = offs_p < P
-        image = offs_p // (OUT_H * OUT_W)
-        in_h = ((offs_p // OUT_W) % OUT_H) * STRIDE + tap // KERNEL - KERNEL // 2
-        in_w = (offs_p % OUT_W) * STRIDE + tap % KERNEL - KERNEL // 2
-        inside = mask_p & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
-        dy = dy_ptr + offs_p[:, None] * stride_dy + offs_m[None, :]
-        dy = tl.load(dy, mask=mask_p[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_P, BLOCK_M]
-        valid = inside[:, None] & mask_n[None, :]
-        x = x_ptr + ((image * H + in_h) * W + in_w)[:, None] * stride_x
-        x = tl.load(
-            x + channel_offset(channels, step_block, BLOCK)[None, :], mask=valid, other=0.0
-        )  # [BLOCK_P, BLOCK_N]
-        x = activate(x.to(tl.float32), scale_ptr + own, shift_ptr + own, channels, mask_n, IDENTITY)
-        x = tl.where(valid, x, 0.0)
-        if HAS_MASK:
-            dropped = mask_ptr + aligned(tl.load(groups_ptr + group * 4 + 3), ALIGN)
-            dropped += image[:, None] * stride_mask + offs_r[None, :]
-            x *= tl.load(dropped, mask=valid, other=0.0).to(tl.float32)
-        acc = tl.dot(tl.trans(dy), x.to(dy.dtype), acc, input_precision=PRECISION)
+        valid_m, valid_n = mask_p[:, None] & mask_m[None, :], mask_p[:, None] & mask_n[None, :]
+        at = offs_p
+        if KERNEL > 1:
+            bits = tl.load(bits_ptr + offs_p, mask=mask_p, other=0)
+            if STRIDE == 1:  # dy's pixel lies on the other side of x's
+                valid_m &= tl.max_constancy(((bits[:, None] >> (TAPS - 1 - row_tap)[None, :]) & 1) != 0, [1, STRETCH])
+            else:
+                valid_n &= tl.max_constancy(((bits[:, None] >> column_tap[None, :]) & 1) != 0, [1, STRETCH])
+        if STRIDE > 1:
+            at = tl.load(rows_ptr + offs_p, mask=mask_p, other=0)
+        if WIDE:
+            offs_p, at = offs_p.to(tl.int64), at.to(tl.int64)
+        dy = tl.load(dy_columns[None, :] + offs_p[:, None] * stride_dy, mask=valid_m, other=0.0)  # [BLOCK_P, BLOCK_M]
+        x = tl.load(x_columns[None, :] + at[:, None] * stride_x, mask=valid_n, other=0.0)  # [BLOCK_P, BLOCK_N]
+        if gamma_ptr is not None:
+            value = rectified(x.to(tl.float32), scale, shift)
+            if IDENTITY > 0:
+                value = tl.where((channels < IDENTITY)[None, :], x.to(tl.float32), value)
+            if STRIDE > 1:  # the padding is zero behind the activation
+                value = tl.where(valid_n, value, 0.0)
+            x = value.to(dy.dtype)
+        if mask_ptr is not None:
+            row = mask_ptr + (dropped + column if WINDOWS else channels)
+            keep = tl.load(row[None, :] + (offs_p // pixels)[:, None] * stride_mask, mask=valid_n, other=0.0)
+            x = (x.to(tl.float32) * keep.to(tl.float32)).to(dy.dtype)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
 
-    if WINDOWS:
-        inner = offs_n[None, :] + tl.zeros((BLOCK_M, 1), dtype=tl.int32)
-        row_length = width
-        held = mask_n[None, :]
+    tap = row_tap[:, None] + column_tap[None, :]
+    if WINDOWS:  # again, rather than in registers all the while
+        start, width, offset, _ = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
+        length = width[:, None]
+        inside = channels[None, :] - start[:, None]
+        place = offset[:, None] + (output[:, None] * length + inside) * TAPS + tap
     else:
-        inner = offs_n[None, :] - (offs_m // GROUP_OUT)[:, None] * GROUP_IN
-        row_length = GROUP_IN
-        held = mask_n[None, :] & (inner >= 0) & (inner < GROUP_IN)
-    offset = aligned(tl.load(groups_ptr + group * 4 + 2), ALIGN)
-    place = offset + (offs_m[:, None] * (KERNEL * KERNEL) + tap) * row_length + inner
-    tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=mask_m[:, None] & held)
+        length = GROUP_IN
+        inside = channels[None, :] - output[:, None] // GROUP_OUT * GROUP_IN
+        place = band * (ROWS * GROUP_IN * TAPS) + (output[:, None] * GROUP_IN + inside) * TAPS + tap
+    held = mask_m[:, None] & mask_n[None, :] & (inside >= 0) & (inside < length)
+    tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=held)
 
 
-def weight_gradient(
-    dy: Tensor,
-    source: Features,
-    shape: ConvShape,
-    groups: Readers,
-    widest: int,
-    windows: bool,
+@tunable
+def window_gradient(
+    dz: Tensor,
+    x: Tensor,
+    windows: Windows,
     size: int,
     *,
-    own_source: bool = False,
+    norm: BatchNorm,
+    identity: int,
+    bits: Tensor | None,
     mask: Tensor | None = None,
+    eps: float,
 ) -> Tensor:
-    """The flat float32 gradient [size] of all groups' weights; `shape` is that of the widest group.
+    """The flat float32 gradient [size] of the convs over windows, in the order [k, window, taps] of each group.
 
-    dy [groups, P, c_out]. With `own_source` group i reads source.rows[i], [groups, P, c], with its own part of scale
-    and shift; otherwise all read from the same rows, where the row of `groups` says.
+    dz [groups, P, k], x [P, channels] raw; norm's vectors have an entry for every channel of x, but the first
+    `identity` channels are activated already. `bits` [P] is `pixel_table`'s, for 3×3 convs.
     """
-    if recorders.get():
-        recorders.get()[-1](weight_gradient, locals())
-    block_m = channel_tile(shape.c_out, shape.group_out, 64)
-    reach = widest if windows else covered(block_m, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
-    config = config_for("weight_gradient", reach, block_m, dy.element_size(), architecture(dy.device), shape.kernel**2)
-    block_n = config.block_k
-    tiles_n = cdiv(reach, block_n)
-    programs = cdiv(shape.c_out, block_m) * shape.kernel**2 * tiles_n
-    count = len(groups.rows)
-    # Enough programs to fill a large GPU, but partial sums of no more than a few times the weights.
-    splits = max(1, min(16, 1024 // (programs * count), cdiv(shape.out_pixels, 4 * config.block_p)))
-    share = cdiv(cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
-    partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
-    step_x, step_scale = (source.rows.stride(0), source.rows.shape[-1]) if own_source else (0, 0)
-    run(
-        weight_gradient_kernel, (programs, count, splits),
-        dy, source.rows, source.scale, source.shift, source.rows if mask is None else mask, groups.rows, partial,
-        shape.out_pixels, shape.height, shape.width, shape.out_height, shape.out_width, share, size,
-        dy.stride(-2), dy.stride(0), source.rows.stride(-2), step_x, source.step, step_scale, row_stride(mask),
-        ROWS=shape.c_out, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out,
-        READ=shape.read if shape.read < shape.total_in else 0,
-        KERNEL=shape.kernel, STRIDE=shape.stride, IDENTITY=source.identity, TILES_N=tiles_n,
-        WINDOWS=windows, HAS_MASK=mask is not None,
-        ALIGN=alignment(
-            groups.align, size, dy.stride(-2), dy.stride(0), source.rows.stride(-2), step_x, source.step, step_scale,
-            row_stride(mask),
+    shape, k = windows.shape, dz.shape[2]
+    band = 1 if mask is not None else max(1, (128 if shape.kernel == 1 else 32) // k)
+    columns = min(windows.most + (band - 1) * k, x.shape[1])
+    return _launch(
+        dz, x, shape, columns, size, dict(
+            ROW_TILE=k, BAND=band, GROUP_IN=0, GROUP_OUT=1, REACH=0, WINDOWS=True, IDENTITY=identity,
+            WINDOW=0 if windows.table is not None else windows.channels,
         ),
-        BLOCK=source.block, WIDE=wide(dy, source.rows, mask), PRECISION=precision(dy.dtype),
-        BLOCK_P=config.block_p, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        norm=norm, mask=mask, readers=windows.table, bits=bits, rows=None, steps=(0, 0), align=windows.align, eps=eps,
+    )  # fmt: skip
+
+
+@tunable
+def conv_gradient(
+    dy: Tensor,
+    x: Tensor,
+    shape: ConvShape,
+    size: int,
+    *,
+    norm: BatchNorm,
+    identity: int = 0,
+    table: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    eps: float,
+) -> Tensor:
+    """The flat float32 gradient [size] of convs of one shape, in the order [c_out, c_in of a conv group, taps] of each.
+
+    dy [convs, P_out, c_out]; x [convs, P_in, c_in] raw, norm's vectors one conv's after the other's. `table` is
+    `pixel_table`'s, for kernels above 1×1.
+    """
+    factor = packing_factor(shape.c_out // shape.group_out, shape.group_in, shape.group_out)
+    row_tile = channel_tile(shape.c_out, factor * shape.group_out)
+    reach = covered(row_tile, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
+    bits, rows = table or (None, None)
+    return _launch(
+        dy, x, shape, reach * (1 if shape.stride == 1 else shape.kernel**2), size, dict(
+            ROW_TILE=row_tile, BAND=1, GROUP_IN=shape.group_in, GROUP_OUT=shape.group_out, REACH=reach, WINDOWS=False,
+            IDENTITY=identity, WINDOW=0,
+        ),
+        norm=norm, mask=mask, readers=None, bits=bits, rows=rows, steps=(x.stride(0), shape.total_in), align=16,
+        eps=eps,
+    )  # fmt: skip
+
+
+def _launch(
+    dy: Tensor, x: Tensor, shape: ConvShape, columns: int, size: int, constants: dict[str, Any], *,
+    norm: BatchNorm, mask: Tensor | None, readers: Tensor | None, bits: Tensor | None, rows: Tensor | None,
+    steps: tuple[int, int], align: int, eps: float,
+) -> Tensor:  # fmt: skip
+    band, taps = constants["BAND"], shape.kernel**2
+    pairs = (taps if shape.stride == 1 else 1) * band * constants["ROW_TILE"]
+    block_m = max(16, min(128, next_power_of_2(pairs)))
+    config = config_for("weight_gradient", columns, block_m, dy.element_size(), architecture(dy.device), taps)
+    tiles_m, tiles_n = cdiv(pairs, block_m), cdiv(columns, config.block_k)
+    programs, bands = cdiv(shape.c_out, constants["ROW_TILE"]) * tiles_m * tiles_n, cdiv(len(dy), band)
+    # Enough programs to fill a large GPU, each with pixels enough to pay for its sums.
+    splits = max(1, min(64, 1056 // (programs * bands), shape.out_pixels // (8 * config.block_p)))
+    share = cdiv(cdiv(shape.out_pixels, splits), config.block_p) * config.block_p
+    align = alignment(align, dy.stride(1), dy.stride(0), x.stride(-2), *steps, row_stride(mask))
+    stretch = alignment(align, constants["ROW_TILE"], constants["REACH"], constants["GROUP_IN"], shape.c_out)
+    partial = torch.empty((splits, size), dtype=torch.float32, device=dy.device)
+    run(
+        weight_gradient_kernel, (programs, bands, splits),
+        dy_ptr=dy, x_ptr=x, gamma_ptr=norm.weight, beta_ptr=norm.bias, mean_ptr=norm.mean, var_ptr=norm.var,
+        mask_ptr=mask, readers_ptr=readers, bits_ptr=bits, rows_ptr=rows, partial_ptr=partial,
+        P=shape.out_pixels, W=shape.width, pixels=shape.out_height * shape.out_width, share=share, size=size,
+        groups=len(dy), stride_dy=dy.stride(1), step_dy=dy.stride(0), stride_x=x.stride(-2), step_x=steps[0],
+        step_norm=steps[1], stride_mask=row_stride(mask), eps=eps,
+        ROWS=shape.c_out, KERNEL=shape.kernel, STRIDE=shape.stride, TILES_N=tiles_n, TILES_M=tiles_m,
+        STRETCH=stretch,
+        ALIGN=align, WIDE=wide(dy, x, mask), PRECISION=precision(dy.dtype),
+        BLOCK_P=config.block_p, BLOCK_M=block_m, BLOCK_N=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages, **constants,
     )  # fmt: skip
     return partial.sum(0)

@@ -36,7 +36,7 @@ from seqconv_triton.plan_text import decode, encode
 def implementation(name: str) -> FusedBackend:
     """A fused backend; Triton is imported only when it is asked for."""
     if name == "triton":
-        from seqconv_triton.backend.triton import forward as triton
+        from seqconv_triton.backend.triton import fused as triton
 
         return triton
     return aten

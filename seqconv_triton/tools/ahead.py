@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqconv_triton.backend.contract import Convs, Needs, StageArguments, empty_outputs, with_statistics
-from seqconv_triton.backend.triton import forward as backend
+from seqconv_triton.backend.triton import fused as backend
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import shared_memory
 from seqconv_triton.kernels.configs import Table, assume, use_tables
@@ -28,8 +28,11 @@ from seqconv_triton.nn.layers import PackedSeqConv
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Shared memory that one program may have, bytes.
@@ -77,30 +80,26 @@ class Compiled:
     occupancy: float
 
 
-def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
-    """A launch as Triton specialises it: multiples of 16 are known as such, and a 1 is a constant."""
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    signature, fixed, divisible = [], dict(constants), []
-    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+def describe(kernel: Any, arguments: dict[str, Any]) -> Launch:
+    """A launch as Triton specialises it: multiples of 16 are known as such, a 1 and None are constants."""
+    signature, constants, divisible = [], [], []
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        specialised, kind, aligned = not parameter.do_not_specialize, "constexpr", False
         if isinstance(value, Tensor):
-            kind = POINTERS[value.dtype]
-            aligned = value.storage_offset() * value.element_size() % 16 == 0
+            kind, aligned = POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
-            kind, aligned = "fp32", False
-        elif value == 1 and name not in unspecialised:
-            kind, aligned = "constexpr", False
-            fixed[name] = 1
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and name not in unspecialised
+            kind = "fp32"
+        elif value is not None and not parameter.is_constexpr and not (value == 1 and specialised):
+            kind, aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and specialised
+        if kind == "constexpr":
+            constants.append((name, value))
         signature.append((name, kind))
         if aligned:
             divisible.append(position)
-    signature += [(name, "constexpr") for name in constants]
     return Launch(
-        kernel, tuple(signature), tuple(sorted(fixed.items())), tuple(divisible),
-        options.get("num_warps", 4), options.get("num_stages", 3),
+        kernel, tuple(signature), tuple(constants), tuple(divisible),
+        arguments.get("num_warps", 4), arguments.get("num_stages", 3),
     )  # fmt: skip
 
 
@@ -119,8 +118,8 @@ def launches(
     """
     found: dict[Launch, None] = {}
 
-    def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        found[describe(kernel, arguments, dict(constants))] = None
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        found[describe(kernel, arguments)] = None
 
     images = (batch, in_chans, image_size, image_size)
     with launch.listen(note), assume(architecture), use_tables(*tables), torch.no_grad():

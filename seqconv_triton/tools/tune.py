@@ -191,8 +191,8 @@ def compile_ahead(works: Iterable[Work], arch: str, deadline: float) -> None:
     target = triton.runtime.driver.active.get_current_target()
     found: dict[ahead.Launch, None] = {}
 
-    def note(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        found[ahead.describe(kernel, arguments, dict(constants))] = None
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        found[ahead.describe(kernel, arguments)] = None
 
     with assume(arch), listen(note), torch.no_grad():
         for work in works:

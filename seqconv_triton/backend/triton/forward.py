@@ -1,207 +1,166 @@
-"""The launch order of the Triton kernels for a stage, forward and backward.
+"""The launch order of the Triton kernels for a stage's forward pass.
 
-A group is two launches forward (1×1 over the window, 3×3) and two backward (pull, 3×3 transposed); a basic layer's is
-one each. Nothing is computed here: every launch works on whole tensors that exist before the loop over the groups.
-The raw buffer is channels-last; z, and in backward dz and dy, are group-blocked [J, P, k].
+Every value is activated once, and convs read activated channels only. Where the BNs are known a group is two launches, a
+1×1 conv over its window and a 3×3 conv, whose epilogues activate. With a batch's statistics it is three: the 1×1 conv
+activates the newest channels of its window, those of the group before, and a launch activates z in front of nine taps.
+A basic layer has no 1×1 conv: its newest channels are activated by a launch. Raw features are kept for backward; the
+activated ones, [P, B], live as long as the pass.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import (
-    ForwardOutputs,
-    Gradients,
-    Needs,
-    StageArguments,
-    empty_gradients,
-    empty_outputs,
-)
-from seqconv_triton.backend.packing import empty_channels_last, group_masks, transform_weights, window_weights
-from seqconv_triton.backend.triton.gradients import recompute_z, through_tail, to_input, weight_gradients
+from seqconv_triton.backend.contract import ForwardOutputs, StageArguments, empty_outputs, with_statistics
+from seqconv_triton.backend.packing import group_masks, transform_weights, window_weights
 from seqconv_triton.backend.triton.parts import (
     Geometry,
-    Norms,
+    StageNorms,
     channels_last,
+    in_blocks,
+    packed,
+    repeated,
     rows,
-    share_gradients,
     share_statistics,
-    slots,
     taps_first,
-    taps_first_view,
+    window_taps_first,
 )
-from seqconv_triton.kernels.convolution import convolution
-from seqconv_triton.kernels.data_gradient import Fresh, data_gradient
+from seqconv_triton.kernels.convolution import Newest, convolution
 from seqconv_triton.kernels.elementwise import activate
-from seqconv_triton.kernels.launch import BACKWARD_ROWS, D_BIAS, D_WEIGHT, INTERPRETED, SCALE, SHIFT, Features, Scratch
+from seqconv_triton.kernels.launch import Scratch
 from seqconv_triton.kernels.statistics import input_statistics
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+class Pass:
+    """A forward pass: its operands, the activated channels [P, B], and where raw channels lie."""
+
+    def __init__(self, x: Tensor, shortcut: Tensor | None, stage: StageArguments, outputs: ForwardOutputs) -> None:
+        self.stage, self.plan, self.eps = stage, stage.plan, stage.eps
+        plan, k = self.plan, self.plan.group_width
+        self.geometry = Geometry(plan, x)
+        pixels = self.geometry.pixels
+        norms = stage.norms if outputs.statistics is None else with_statistics(stage.norms, outputs.statistics)
+        self.norms = StageNorms(stage, norms.main, norms.inner)
+        self.x = rows(channels_last(x))
+        self.activated = x.new_empty((pixels, plan.total_channels))
+        self.activated_slots = self.activated[:, plan.in_channels :].split(k, 1)
+        self.z = None if outputs.z is None else outputs.z.view(-1, pixels, k)
+        self.activated_z = x.new_empty((pixels, k)) if plan.bottleneck else None
+        self.masks = None if stage.mask is None else group_masks(stage.mask, plan)
+        self.shortcut = None if shortcut is None else rows(channels_last(shortcut))
+        self.reduce = () if stage.convs.reduce is None else window_weights(stage.convs.reduce, plan, 1)
+        if plan.bottleneck:
+            dense = taps_first(in_blocks(stage.convs.transform, self.geometry.inside))
+            self.transform = dense.split(k)
+        else:
+            flat = window_taps_first(stage.convs.transform, plan)
+            self.transform = transform_weights(flat.view(stage.convs.transform.shape), plan)
+        self.inside = packed(self.geometry.inside)
+
+    def mask(self, j: int) -> Tensor | None:
+        return None if self.masks is None else self.masks[j]
+
+    def source(self, j: int, raw: dict[int, Tensor]) -> Tensor | None:
+        """What is added to group j's raw output: raw channels [P, k], by their place in the buffer."""
+        k, start = self.plan.group_width, self.plan.groups[j].residual_start
+        if self.shortcut is not None:
+            return self.shortcut[:, j * k : (j + 1) * k]
+        if start is None:
+            return None
+        return self.x[:, start : start + k] if start < self.plan.in_channels else raw[start]
+
+    def leave(self, out: Tensor) -> None:
+        """The last activated channels as they are, or through the tail."""
+        first = self.plan.total_channels - self.plan.read_channels
+        if self.geometry.tail is None or self.plan.tail is None:
+            activate(self.activated[:, first:], rows(out), None, self.eps)
+            return
+        assert self.stage.convs.tail is not None
+        source, repeats = self.activated[:, first:], self.plan.tail.repeats
+        weight = taps_first(in_blocks(self.stage.convs.tail, self.geometry.tail))
+        mask = None if self.masks is None else repeated(self.masks[-1], repeats)
+        convolution(repeated(source, repeats), 0, weight, packed(self.geometry.tail), raw=rows(out), mask=mask)
 
 
-def check(x: Tensor) -> None:
-    """Refuse what the kernels cannot take, before anything is launched."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f'x is {x.dtype}; the triton backend takes float32, float16 and bfloat16 (use_backend("aten"))')
-    if not (x.is_cuda or x.is_meta or INTERPRETED):  # meta: kernels are only listed
-        raise ValueError(f"x is on {x.device}; the triton backend needs a GPU (or TRITON_INTERPRET=1, for tests)")
-
-
-def forward(
+def launch_forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
-    """A stage's forward pass (`FusedBackend`)."""
-    check(x)
-    plan, convs, mask, eps, across = stage.plan, stage.convs, stage.mask, stage.eps, stage.ranks
+    """All launches of a forward pass, and what they fill."""
     outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner)
-    out, buffer, z, statistics = outputs
-    k, width = plan.group_width, plan.in_channels
-    geometry = Geometry(plan, x)
-    pixels = geometry.pixels
-    if buffer is None:
-        buffer = empty_channels_last(x, plan.total_channels, geometry.height, geometry.width)
-    buffer[:, :width] = x
-    raw = rows(buffer)
-    norms = Norms(stage, known=statistics is None)
-    source = Features(raw, norms.main[SCALE], norms.main[SHIFT], norms.offset)
-    scratch = Scratch.allocate(x, pixels, max(k, width)) if statistics is not None else None
-    masks = None if mask is None else group_masks(mask, plan)
-    transform = transform_weights(taps_first_view(convs.transform, plan), plan)
-    reduce = () if convs.reduce is None else window_weights(convs.reduce, plan, 1)
-    inner = None if not plan.bottleneck else x.new_empty((pixels, k)) if z is None else z.view(-1, pixels, k)
-    added = None if shortcut is None else rows(channels_last(shortcut))
-
-    own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
-    inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
-    inner_scales, inner_shifts = (() if norms.inner is None else norms.inner[row].split(k) for row in (SCALE, SHIFT))
-    inner_rows = inner.unbind() if inner is not None and z is not None else ()
-
-    if scratch is not None and plan.raw_input:
-        input_statistics(raw[:, :width], norms.main[:, :width], scratch, eps)
-        share_statistics(norms.main[:, :width], across, eps)
-    for j, group in enumerate(plan.groups):
-        given, start, shape = source, group.window_start, geometry.windows[j]
-        group_mask = None if masks is None else masks[j]
-        if inner is not None:
-            own = inner if z is None else inner_rows[j]
-            convolution(
-                given, start, reduce[j], shape, own, mask=group_mask, norm=inner_norms[j], scratch=scratch, eps=eps
-            )  # fmt: skip
-            share_statistics(inner_norms[j], across, eps)
-            given, start, shape, group_mask = Features(own, inner_scales[j], inner_shifts[j]), 0, geometry.inside, None
-        own_shortcut = None
-        if added is not None:
-            own_shortcut = added[:, j * k : (j + 1) * k]
-        elif group.residual_start is not None:
-            c = group.residual_start
-            own_shortcut = own_slots[(c - width) // k] if c >= width else raw[:, c : c + k]
-        convolution(
-            given, start, transform[j], shape, own_slots[j], mask=group_mask, shortcut=own_shortcut,
-            norm=own_norms[j], scratch=scratch, eps=eps,
-        )  # fmt: skip
-        share_statistics(own_norms[j], across, eps)
-
-    first = plan.total_channels - plan.read_channels
-    if statistics is not None:
-        norms.store(statistics)
-    if geometry.tail is None:
-        activate(raw[:, first:], source.scale[first:], source.shift[first:], rows(out))
-        return outputs
-    assert convs.tail is not None
-    weight = convs.tail.permute(0, 2, 3, 1).contiguous()
-    convolution(source, first, weight, geometry.tail, rows(out), mask=None if masks is None else masks[-1])
+    run = Pass(x, shortcut, stage, outputs)
+    buffer = None if outputs.buffer is None else rows(outputs.buffer)
+    if stage.statistics == "batch":
+        with_batch_statistics(run, buffer)
+    else:
+        with_known_statistics(run, buffer)
+    run.leave(outputs.out)
     return outputs
 
 
-def backward(
-    d_out: Tensor | None,
-    d_buffer: Tensor | None,
-    buffer: Tensor,
-    z: Tensor | None,
-    stage: StageArguments,
-    needs: Needs,
-) -> Gradients:
-    """A stage's backward pass (`FusedBackend`), from the raw buffer, z and the statistics of the forward pass.
-
-    Without z (gradient checkpointing) that of all groups is computed again first.
-    Beside what it is given it holds, at its peak, dy and dz of all groups (2·J·k channels; J·k in basic layers), two
-    groups' g, the tail's gradient and the weights' partial sums.
-    """
-    plan, convs, mask, eps, across = stage.plan, stage.convs, stage.mask, stage.eps, stage.ranks
-    batch_statistics = stage.statistics == "batch"
-    gradients = empty_gradients(buffer, stage, needs)
-    k, width, count = plan.group_width, plan.in_channels, len(plan.groups)
-    geometry = Geometry(plan, buffer)
-    pixels, raw = geometry.pixels, rows(buffer)
-    norms = Norms(stage, known=True, rows=BACKWARD_ROWS)
-    windows, inside, _ = geometry.tables
-    first = plan.total_channels - plan.read_channels
-    upstream = None if d_out is None else rows(channels_last(d_out))
-    if upstream is not None and geometry.tail is not None:
-        upstream = through_tail(upstream, raw, convs, norms, mask, plan, eps, geometry, gradients)
-    elif gradients.tail_weight is not None:
-        gradients.tail_weight.zero_()
-
-    # Gradients of every group's raw output and of z; those of z are what the 1×1 convs pull from.
-    dy = buffer.new_empty((count, pixels, k))
-    dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else dy
-    z_rows = None if z is None else z.view(count, pixels, k)
-    if z_rows is None and plan.bottleneck:
-        z_rows = recompute_z(raw, convs, norms, mask, plan, eps, geometry)
-    own_z = () if z_rows is None else z_rows.unbind()
-    own_slots, own_norms = slots(raw, plan), slots(norms.main, plan)
-    inner_norms = () if norms.inner is None else norms.inner.split(k, 1)
-    behind_activation, behind_inner = (buffer.new_empty((pixels, k)) for _ in range(2))
-    scratch = Scratch.allocate(buffer, pixels, max(k, width))
-    window_weight = convs.reduce
-    if window_weight is None:
-        window_weight = taps_first(convs.transform, plan, windows=True)
-    transform = taps_first_view(convs.transform, plan)
-    d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
-    receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
-
-    def pull(
-        c: int, span: tuple[int, int], into: Tensor, fresh: Fresh | None, own_raw: Tensor | None, norm: Tensor | None
-    ) -> None:
-        """The gradient of as many buffer channels as `into` has, from c on; through the ReLU of `norm` if given."""
-        outside = upstream[:, c - first : c - first + into.shape[1]] if upstream is not None and c >= first else None
-        data_gradient(
-            dz, window_weight, geometry.windows[0], windows, span, c, into.shape[1], into, eps, windows=True,
-            fresh=fresh, mask=mask, upstream=outside, raw=own_raw, norm=norm,
-            scratch=None if norm is None else scratch, batch=batch_statistics,
+def with_known_statistics(run: Pass, buffer: Tensor | None) -> None:
+    """Epilogues activate; raw channels are stored where they are kept, or where a later shortcut adds them."""
+    plan, k, eps, norms = run.plan, run.plan.group_width, run.eps, run.norms
+    input_copy = None if buffer is None else buffer[:, : plan.in_channels]
+    activate(run.x, run.activated[:, : plan.in_channels], norms.input, eps, input_copy)
+    places = [plan.slot(j) for j in range(len(plan.groups))]
+    if buffer is None:
+        awaited = {group.residual_start for group in plan.groups}
+        places = [c for c in places if c in awaited]
+        buffer, first = run.x.new_empty((run.geometry.pixels, len(places) * k)), 0
+    else:
+        first = plan.in_channels
+    raw = dict(zip(places, buffer[:, first:].split(k, 1), strict=True)) if places else {}
+    for j, group in enumerate(plan.groups):
+        source, start, shape, mask = run.activated, group.window_start, run.geometry.windows[j], run.mask(j)
+        if run.activated_z is not None:
+            z = None if run.z is None else run.z[j]
+            convolution(
+                source, start, run.reduce[j], shape, raw=z, activated=run.activated_z, norm=norms.inner[j], mask=mask,
+                eps=eps,
+            )  # fmt: skip
+            source, start, shape, mask = run.activated_z, 0, run.inside, None
+        convolution(
+            source, start, run.transform[j], shape, raw=raw.get(plan.slot(j)), activated=run.activated_slots[j],
+            norm=norms.groups[j], mask=mask, shortcut=run.source(j, raw), eps=eps,
         )  # fmt: skip
-        if norm is not None and batch_statistics:
-            share_gradients(norm, across, eps)
 
-    fresh = None  # the gradient of the group behind the one that is pulled
-    for j in reversed(range(count)):
-        c = plan.slot(j)
-        # Basic layers read a neighbour's gradient while they write their own.
-        g = behind_activation if z_rows is not None or j % 2 else behind_inner
-        pull(c, plan.readers[j + 1], g, fresh, own_slots[j], own_norms[j])
-        d_own = None if d_raw is None else d_raw[:, c : c + k]
-        fresh = Fresh(g, own_slots[j], own_norms[j], d_own, dy[receivers[c]] if c in receivers else None)
-        if z_rows is None:
-            continue
-        data_gradient(
-            dy, transform, geometry.inside, inside, (j, j + 1), 0, k, behind_inner, eps, windows=False,
-            fresh=fresh, raw=own_z[j], norm=inner_norms[j], scratch=scratch, batch=batch_statistics,
+
+def with_batch_statistics(run: Pass, buffer: Tensor | None) -> None:
+    """A BN is complete when its conv's last program is: its first reader activates."""
+    plan, k, eps, norms, ranks = run.plan, run.plan.group_width, run.eps, run.norms, run.stage.ranks
+    pixels, channels = run.geometry.pixels, run.plan.in_channels
+    if buffer is None:
+        buffer = run.x.new_empty((pixels, plan.total_channels))
+    scratch = Scratch.allocate(run.x, pixels, max(k, channels))
+    slots = buffer[:, channels:].split(k, 1)
+    raw = {plan.slot(j): slot for j, slot in enumerate(slots)}
+    if norms.input is not None:
+        input_statistics(run.x, buffer[:, :channels], norms.input, scratch)
+        share_statistics(norms.input, ranks)
+        activate(run.x, run.activated[:, :channels], norms.input, eps)
+    else:
+        activate(run.x, run.activated[:, :channels], None, eps, buffer[:, :channels])
+    any_z = None if run.activated_z is None or run.z is not None else run.x.new_empty((pixels, k))
+    for j, group in enumerate(plan.groups):
+        source, start, shape, mask = run.activated, group.window_start, run.geometry.windows[j], run.mask(j)
+        if run.activated_z is not None:
+            z = any_z if run.z is None else run.z[j]
+            newest = Newest(slots[j - 1], norms.groups[j - 1]) if j > 0 and group.window_width >= k else None
+            if j > 0 and newest is None:  # others read more of those channels than this group does
+                activate(slots[j - 1], run.activated_slots[j - 1], norms.groups[j - 1], eps)
+            convolution(
+                source, start, run.reduce[j], shape, raw=z, norm=norms.inner[j], mask=mask, newest=newest,
+                scratch=scratch, eps=eps,
+            )  # fmt: skip
+            share_statistics(norms.inner[j], ranks)
+            assert z is not None
+            activate(z, run.activated_z, norms.inner[j], eps)
+            source, start, shape, mask = run.activated_z, 0, run.inside, None
+        elif j > 0:
+            activate(slots[j - 1], run.activated_slots[j - 1], norms.groups[j - 1], eps)
+        convolution(
+            source, start, run.transform[j], shape, raw=slots[j], norm=norms.groups[j], mask=mask,
+            shortcut=run.source(j, raw), scratch=scratch, eps=eps,
         )  # fmt: skip
-        if batch_statistics:
-            share_gradients(inner_norms[j], across, eps)
-        fresh = Fresh(behind_inner, own_z[j], inner_norms[j])
-    to_input(pull, fresh, dy, dz, raw, d_raw, norms, receivers, plan, gradients)
-
-    if gradients.shortcut is not None:
-        images = dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
-        gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
-    weight_gradients(dy, dz, raw, z_rows, norms, mask, plan, geometry, gradients)
-    wanted = gradients
-    wanted.norm_weight.copy_(norms.main[D_WEIGHT, norms.offset :])
-    wanted.norm_bias.copy_(norms.main[D_BIAS, norms.offset :])
-    if norms.inner is not None:
-        assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
-        wanted.reduce_norm_weight.copy_(norms.inner[D_WEIGHT])
-        wanted.reduce_norm_bias.copy_(norms.inner[D_BIAS])
-    return gradients
+        share_statistics(norms.groups[j], ranks)
+    activate(slots[-1], run.activated_slots[-1], norms.groups[-1], eps)

@@ -1,112 +1,121 @@
-"""What both passes of the Triton backend derive from a plan and its images: tables, shapes, BN vectors, rows."""
+"""What both passes of the Triton backend derive from a stage: shapes, rows, BNs, and weights as the kernels read them."""
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import BatchStatistics, NormVectors, StageArguments
+from seqconv_triton.backend.contract import NormVectors, StageArguments
 from seqconv_triton.backend.packing import empty_channels_last, window_weights
 from seqconv_triton.backend.ranks import AcrossRanks
-from seqconv_triton.kernels.launch import (
-    BIAS,
-    D_BIAS,
-    D_WEIGHT,
-    FORWARD_ROWS,
-    MEAN,
-    SCALE,
-    SHIFT,
-    VAR,
-    WEIGHT,
-    A,
-    B,
-    C,
-    ConvShape,
-    Readers,
-)
+from seqconv_triton.kernels.configs import packing_factor
+from seqconv_triton.kernels.launch import INTERPRETED, BatchNorm, ConvShape, NormGradient, Windows, alignment
 from seqconv_triton.plan import Plan
 from seqconv_triton.plan_text import decode, encode
 
-
-@cache
-def tables(encoded: str, pinned: bool) -> tuple[Readers, Readers, Readers]:
-    """The convs over windows, the 3×3 convs inside groups, and the tail, as the kernels read them; on the host.
-
-    Never dropped: a captured CUDA graph copies from this memory in every replay.
-    """
-    plan = decode(encoded)
-    k, area = plan.group_width, 1 if plan.bottleneck else 9
-    windows = [
-        (group.window_start, group.window_width, offset * k * area, offset)
-        for group, offset in zip(plan.groups, plan.window_offsets[:-1], strict=True)
-    ]
-    inside = [(0, k, j * k * (k // plan.subgroups) * 9, 0) for j in range(len(plan.groups))]
-    read = plan.read_channels
-    repeats = plan.tail.repeats if plan.tail is not None else 1
-    tail = [(-r * read, read * repeats, 0, plan.window_offsets[-1] - r * read) for r in range(repeats)]
-    found = [Readers.table(rows) for rows in (windows, inside, tail)]
-    return tuple(Readers(r.rows.pin_memory() if pinned else r.rows, r.align) for r in found)  # type: ignore[return-value]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_TAPS = 5  # of a kernel's side: a bit a tap in 32
 
 
-def taps_first(weight: Tensor, plan: Plan, windows: bool) -> Tensor:
-    """3×3 weights as the kernels read them, [C_out, taps, C_in]; free where they are channels-last already."""
-    if not windows or plan.uniform:
-        return weight.permute(0, 2, 3, 1).contiguous()
-    return torch.cat([w.permute(0, 2, 3, 1).reshape(-1) for w in window_weights(weight, plan, 3)])
-
-
-def taps_last_(into: Tensor, gradient: Tensor, plan: Plan, windows: bool) -> None:
-    """The inverse of `taps_first`, from a flat gradient into a packed one."""
-    if not windows or plan.uniform:
-        into.copy_(gradient.view(into.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
-        return
-    start = 0
-    for w in window_weights(into, plan, 3):
-        piece = gradient[start : start + w.numel()]
-        w.copy_(piece.view(w.shape[0], 3, 3, w.shape[1]).permute(0, 3, 1, 2))
-        start += w.numel()
-
-
-def taps_first_view(weight: Tensor, plan: Plan) -> Tensor:
-    """`taps_first` in the packed shape of the weight, for slicing into groups; its order is [C_out, taps, C_in]."""
-    return taps_first(weight, plan, windows=not plan.bottleneck).reshape(weight.shape)
+def check(x: Tensor, plan: Plan) -> None:
+    """Refuse what the kernels cannot take, before anything is launched."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f'x is {x.dtype}; the triton backend takes float32, float16 and bfloat16 (use_backend("aten"))')
+    if not (x.is_cuda or x.is_meta or INTERPRETED):  # meta: kernels are only listed
+        raise ValueError(f"x is on {x.device}; the triton backend needs a GPU (or TRITON_INTERPRET=1, for tests)")
+    if plan.tail is not None and plan.tail.kernel_size > MOST_TAPS:
+        raise ValueError(
+            f"the tail's kernel_size ({plan.tail.kernel_size}) must be at most {MOST_TAPS} in the triton backend "
+            '(use_backend("aten"))'
+        )
 
 
 class Geometry:
-    """What forward and backward both derive from a plan and its images."""
+    """The convs of a plan on images of one size: over windows, inside a group, the tail; with and without packing."""
 
     def __init__(self, plan: Plan, images: Tensor) -> None:
         self.plan, self.device = plan, images.device
         self.batch, _, self.height, self.width = images.shape
         self.pixels = self.batch * self.height * self.width
-        k = plan.group_width
-        sub = k // plan.subgroups
-        size = (self.batch, self.height, self.width)
-        self.inside = ConvShape(*size, 3, 1, k, sub, sub, k)
+        k, sub, size = plan.group_width, plan.group_width // plan.subgroups, (self.batch, self.height, self.width)
+        self.inside = ConvShape(*size, 3, 1, k, sub, sub)
         kernel = 1 if plan.bottleneck else 3
-        widths = {layer.in_channels for layer in plan.layers if layer.windowed or plan.uniform}
-        self.windows = [
-            ConvShape(*size, kernel, 1, k, width, k, width, own_width=width not in widths)
-            for width in (group.window_width for group in plan.groups)
-        ]
+        channels = [group.window_width for group in plan.groups]
+        compiled = {layer.in_channels for layer in plan.layers if layer.windowed or plan.uniform}
+        self.windows = [ConvShape(*size, kernel, 1, k, c, k, dense=c not in compiled) for c in channels]
         self.tail = None
         if plan.tail is not None:
             t = plan.tail
             inputs = plan.read_channels * t.repeats // t.groups
-            self.tail = ConvShape(
-                *size, t.kernel_size, t.stride, t.out_channels, inputs, t.out_channels // t.groups, plan.read_channels
-            )
+            self.tail = ConvShape(*size, t.kernel_size, t.stride, t.out_channels, inputs, t.out_channels // t.groups)
 
-    @cached_property
-    def tables(self) -> tuple[Readers, Readers, Readers]:
-        """`tables` on the device, copied anew each time and never kept.
+    def readers(self) -> Windows:
+        """All windows, as the kernels of the backward pass take them.
 
-        A tensor that outlives the pass would be foreign to the memory pool of a CUDA graph being warmed up.
+        A table is copied to the device anew each time and never kept: a tensor that outlives the pass would be foreign
+        to the memory pool of a CUDA graph being warmed up.
         """
-        found = tables(encode(self.plan), self.device.type == "cuda")
-        return tuple(Readers(r.rows.to(self.device, non_blocking=True), r.align) for r in found)  # type: ignore[return-value]
+        widest = max(self.windows, key=lambda shape: shape.group_in)
+        if self.plan.uniform:
+            k, channels = self.plan.group_width, widest.group_in
+            return Windows(widest, channels, channels, None, alignment(k, channels))
+        table, align = _table(encode(self.plan), self.device.type == "cuda")
+        return Windows(widest, widest.group_in, widest.group_in, table.to(self.device, non_blocking=True), align)
+
+
+@cache
+def _table(encoded: str, pinned: bool) -> tuple[Tensor, int]:
+    """A row a group: window start, its channels, offset of its weight, of its dropout mask; on the host.
+
+    Never dropped: a captured CUDA graph copies from this memory in every replay.
+    """
+    plan = decode(encoded)
+    k, area = plan.group_width, 1 if plan.bottleneck else 9
+    table = [
+        (group.window_start, group.window_width, offset * k * area, offset)
+        for group, offset in zip(plan.groups, plan.window_offsets[:-1], strict=True)
+    ]
+    host = torch.tensor(table, dtype=torch.int64)
+    return host.pin_memory() if pinned else host, alignment(*(entry for row in table for entry in row))
+
+
+def packed(shape: ConvShape) -> ConvShape:
+    """The same conv with neighbouring conv groups as one block-diagonal group, as `in_blocks` lays its weight out.
+
+    Matrix units have FLOPs to spare there, but a tile of few channels costs as many instructions as a full one.
+    """
+    factor = packing_factor(shape.c_out // shape.group_out, shape.group_in, shape.group_out)
+    return shape._replace(group_in=factor * shape.group_in, group_out=factor * shape.group_out)
+
+
+def in_blocks(weight: Tensor, shape: ConvShape) -> Tensor:
+    """[C_out, c, K, K] weights of a conv of this shape, or of several, as [C_out, packed c, K, K]."""
+    factor = packed(shape).group_out // shape.group_out
+    if factor == 1:
+        return weight
+    blocks = weight.unflatten(0, (-1, factor, shape.group_out))  # [blocks, factor, out, c, K, K]
+    dense = weight.new_zeros((*blocks.shape[:3], factor, *blocks.shape[3:]))
+    dense.diagonal(dim1=1, dim2=3).copy_(blocks.movedim(1, -1))
+    return dense.flatten(3, 4).flatten(0, 2)
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """[C_out, taps, C_in], as a conv reads it; free where the weight is channels-last already."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def mirrored(weight: Tensor, group_out: int) -> Tensor:
+    """[C_in, taps, C_out of a conv group], as a transposed conv reads it."""
+    return weight.unflatten(0, (-1, group_out)).permute(0, 2, 3, 4, 1).contiguous().flatten(0, 1)
+
+
+def window_taps_first(weight: Tensor, plan: Plan) -> Tensor:
+    """Basic layers' weights, flat: [k, taps, window] of each group end to end."""
+    if plan.uniform:
+        return taps_first(weight).flatten()
+    return torch.cat([w.permute(0, 2, 3, 1).reshape(-1) for w in window_weights(weight, plan, 3)])
 
 
 def rows(x: Tensor) -> Tensor:
@@ -121,59 +130,71 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == (h * w * c, 1, w * c, c) else empty_channels_last(x, c, h, w).copy_(x)
 
 
-def slots(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """The columns of every group's slot, one view a group: made at one stroke, which costs a fifth of slicing each."""
-    return x[:, plan.in_channels :].split(plan.group_width, 1)
+class StageNorms:
+    """The BNs of a stage by what they follow: the input (None if it is activated), each group, each 1×1 conv."""
+
+    def __init__(self, stage: StageArguments, main: NormVectors, inner: NormVectors | None) -> None:
+        plan = stage.plan
+        self.identity = plan.total_channels - plan.normalized_channels  # channels that are activated already
+        self.main = BatchNorm(*main)
+        own = plan.in_channels - self.identity
+        self.input = _part(self.main, 0, own) if plan.raw_input else None
+        self.groups = _split(_part(self.main, own, None), plan.group_width)
+        self.inner = _split(BatchNorm(*inner), plan.group_width) if inner is not None else []
+        self.all_inner = BatchNorm(*inner) if inner is not None else None
+
+    def behind(self, first: int) -> tuple[BatchNorm, int]:
+        """The BNs of buffer channels from `first` on, and how many of those have none."""
+        return _part(self.main, max(0, first - self.identity), None), max(0, self.identity - first)
 
 
-class Norms:
-    """The BNs of a stage as the kernels take them: float32 vectors, one column a channel (`launch.py` names the rows).
-
-    `main` has a column for every buffer channel, `inner` for those behind the 1×1 convs (None in basic layers).
-    Columns of an already activated input are never used.
-    """
-
-    def __init__(self, stage: StageArguments, known: bool, rows: int = FORWARD_ROWS) -> None:
-        self.offset = stage.plan.total_channels - stage.plan.normalized_channels
-        main, inner = stage.norms
-        self.main = _vectors(main, stage.eps, known, rows, self.offset)
-        self.inner = None if inner is None else _vectors(inner, stage.eps, known, rows, 0)
-
-    def store(self, statistics: BatchStatistics) -> None:
-        """Hand the batch's statistics out."""
-        statistics.mean.copy_(self.main[MEAN, self.offset :])
-        statistics.var.copy_(self.main[VAR, self.offset :])
-        if self.inner is not None:
-            assert statistics.inner_mean is not None and statistics.inner_var is not None
-            statistics.inner_mean.copy_(self.inner[MEAN])
-            statistics.inner_var.copy_(self.inner[VAR])
+def _part(norm: BatchNorm, start: int, stop: int | None) -> BatchNorm:
+    return BatchNorm(*(None if vector is None else vector[start:stop] for vector in norm))
 
 
-def _vectors(norm: NormVectors, eps: float, known: bool, rows: int, offset: int) -> Tensor:
-    weight, bias, mean, var = norm
-    vectors = weight.new_empty((rows, offset + weight.shape[0]), dtype=torch.float32)
-    own = vectors[:, offset:]
-    own[WEIGHT], own[BIAS] = weight, bias
-    if known and mean is not None and var is not None:
-        own[MEAN], own[VAR] = mean, var
-        torch.mul(weight, (var + eps).rsqrt(), out=own[SCALE])
-        torch.sub(bias, own[SCALE] * mean, out=own[SHIFT])
-    elif known:  # folded
-        own[MEAN], own[VAR], own[SCALE], own[SHIFT] = 0, 1, weight, bias
-    return vectors
+def _split(norm: BatchNorm, size: int) -> list[BatchNorm]:
+    assert norm.weight is not None
+    count = len(norm.weight) // size
+    return [
+        BatchNorm(*vectors)
+        for vectors in zip(*([None] * count if v is None else v.split(size) for v in norm), strict=True)
+    ]
 
 
-def share_statistics(norm: Tensor, across: AcrossRanks | None, eps: float) -> None:
-    """Replace this rank's batch statistics in a BN's vectors by those of all ranks."""
-    if across is not None:
-        norm[MEAN], norm[VAR] = across.statistics(norm[MEAN], norm[VAR])
-        torch.mul(norm[WEIGHT], (norm[VAR] + eps).rsqrt(), out=norm[SCALE])
-        torch.sub(norm[BIAS], norm[SCALE] * norm[MEAN], out=norm[SHIFT])
+def share_statistics(norm: BatchNorm, ranks: AcrossRanks | None) -> None:
+    """Replace this rank's batch statistics of a BN by those of all ranks."""
+    if ranks is not None:
+        assert norm.mean is not None and norm.var is not None
+        mean, var = ranks.statistics(norm.mean, norm.var)
+        norm.mean.copy_(mean), norm.var.copy_(var)
 
 
-def share_gradients(norm: Tensor, across: AcrossRanks | None, eps: float) -> None:
+def share_gradients(norm: BatchNorm, gradient: NormGradient, ranks: AcrossRanks | None, eps: float) -> None:
     """Make BN's backward dx = a·g + b·x + c that of all ranks; the affine's gradients stay this rank's own."""
-    if across is not None:
-        mean_gx, mean_g = across.means(norm[D_WEIGHT : D_BIAS + 1])
-        torch.mul(norm[A] * -mean_gx, (norm[VAR] + eps).rsqrt(), out=norm[B])
-        torch.sub(norm[A] * -mean_g, norm[B] * norm[MEAN], out=norm[C])
+    if ranks is None:
+        return
+    assert gradient.coefficients is not None and norm.mean is not None and norm.var is not None
+    assert gradient.weight is not None and gradient.bias is not None
+    a, b, c = gradient.coefficients
+    mean_gx, mean_g = ranks.means(torch.stack([gradient.weight, gradient.bias]))
+    torch.mul(a * -mean_gx, (norm.var + eps).rsqrt(), out=b)
+    torch.sub(a * -mean_g, b * norm.mean, out=c)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """x [P, C] side by side: what the published SeqResNeXt-24's downsizing convs read."""
+    return x if times == 1 else x.repeat(1, times)
+
+
+def padded(norm: BatchNorm, identity: int, times: int) -> BatchNorm:
+    """The BNs of `repeated` channels, of which none may be activated already."""
+    if times == 1:
+        return norm
+    if identity:
+        raise ValueError("a tail that reads channels repeatedly needs them raw")
+    return BatchNorm(*(None if vector is None else vector.repeat(times) for vector in norm))
+
+
+def masked_rows(x: Tensor, mask: Tensor, pixels: int) -> Tensor:
+    """x [P, C] times a dropout mask [N, C], in place."""
+    return x.view(-1, pixels, x.shape[1]).mul_(mask[:, None]).view(x.shape)

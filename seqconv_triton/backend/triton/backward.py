@@ -1,0 +1,231 @@
+"""The launch order of the Triton kernels for a stage's backward pass, from the last group to the first.
+
+A group is three launches: a pull gathers the gradient of its channels from all later groups, an elementwise one takes
+it through BN, and a transposed conv takes it to z. The gradient of z goes through its BN in the next pull, where one tap
+reads it. A basic layer's group is a pull and an elementwise launch. The weight gradients of all groups follow at the end.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seqconv_triton.backend.contract import Gradients, Needs, StageArguments, empty_gradients
+from seqconv_triton.backend.packing import group_masks, window_weights
+from seqconv_triton.backend.triton.parts import (
+    Geometry,
+    StageNorms,
+    channels_last,
+    in_blocks,
+    masked_rows,
+    mirrored,
+    packed,
+    padded,
+    repeated,
+    rows,
+    share_gradients,
+    window_taps_first,
+)
+from seqconv_triton.kernels.convolution import convolution
+from seqconv_triton.kernels.elementwise import activate, norm_gradient
+from seqconv_triton.kernels.launch import BatchNorm, NormGradient, Scratch
+from seqconv_triton.kernels.pull import NewestGradient, pull
+from seqconv_triton.kernels.transposed import transposed
+from seqconv_triton.kernels.weight_gradient import conv_gradient, pixel_table, window_gradient
+
+
+class Pass:
+    """A backward pass: what it reads, and its gradients, some still on their way.
+
+    Beside what it is given it holds, at its peak, dy and dz of all groups (2·J·k channels; J·k in basic layers), two
+    groups' g, the tail's gradient and the weights' partial sums.
+    """
+
+    def __init__(
+        self, d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor | None, stage: StageArguments,
+        needs: Needs,
+    ) -> None:  # fmt: skip
+        self.stage, self.plan, self.eps = stage, stage.plan, stage.eps
+        plan, k, count = self.plan, self.plan.group_width, len(self.plan.groups)
+        self.batch = stage.statistics == "batch"
+        self.gradients = empty_gradients(buffer, stage, needs)
+        self.geometry = Geometry(plan, buffer)
+        self.windows = self.geometry.readers()
+        pixels = self.geometry.pixels
+        self.raw = rows(buffer)
+        self.slots = self.raw[:, plan.in_channels :].split(k, 1)
+        self.norms = StageNorms(stage, stage.norms.main, stage.norms.inner)
+        g = self.gradients
+        into = StageNorms(stage, stage.norms.main._replace(weight=g.norm_weight, bias=g.norm_bias), None)
+        self.into, self.into_input = into.groups, into.input
+        self.into_inner: list[BatchNorm] = []
+        if g.reduce_norm_weight is not None and g.reduce_norm_bias is not None:
+            own = zip(g.reduce_norm_weight.split(k), g.reduce_norm_bias.split(k), strict=True)
+            self.into_inner = [BatchNorm(weight, bias, None, None) for weight, bias in own]
+        self.d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
+        self.z = z.view(count, pixels, k) if z is not None else self.recomputed_z() if plan.bottleneck else None
+        self.dy = buffer.new_empty((count, pixels, k))  # of every group's raw output
+        self.dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else self.dy
+        self.scratch = Scratch.allocate(buffer, pixels, max(k, plan.in_channels))
+        self.table = None if self.geometry.inside.kernel == 1 else pixel_table(self.geometry.inside, buffer)
+        self.upstream = None if d_out is None else self.through_tail(rows(channels_last(d_out)))
+        if d_out is None and g.tail_weight is not None:
+            g.tail_weight.zero_()
+
+    def recomputed_z(self) -> Tensor:
+        """z [J, P, k] again, from the raw buffer."""
+        plan, k = self.plan, self.plan.group_width
+        assert self.stage.convs.reduce is not None
+        activated = self.raw.new_empty((self.geometry.pixels, plan.total_channels))
+        activate(self.raw[:, : plan.in_channels], activated[:, : plan.in_channels], self.norms.input, self.eps)
+        behind, _ = self.norms.behind(plan.in_channels)
+        activate(self.raw[:, plan.in_channels :], activated[:, plan.in_channels :], behind, self.eps)
+        masks = None if self.stage.mask is None else group_masks(self.stage.mask, plan)
+        z = self.raw.new_empty((len(plan.groups), self.geometry.pixels, k))
+        for j, weight in enumerate(window_weights(self.stage.convs.reduce, plan, 1)):
+            mask = None if masks is None else masks[j]
+            convolution(activated, plan.groups[j].window_start, weight, self.geometry.windows[j], raw=z[j], mask=mask)
+        return z
+
+    def through_tail(self, d_out: Tensor) -> Tensor:
+        """The gradient [P, read] of the activated channels that leave; that of the tail's weight along the way."""
+        plan, shape = self.plan, self.geometry.tail
+        if plan.tail is None or shape is None:
+            return d_out
+        assert self.stage.convs.tail is not None
+        repeats, first = plan.tail.repeats, plan.total_channels - plan.read_channels
+        weight = mirrored(in_blocks(self.stage.convs.tail, shape), packed(shape).group_out)
+        upstream = d_out.new_empty((self.geometry.pixels, plan.read_channels * repeats))
+        transposed(d_out, weight, packed(shape), upstream)
+        mask = None if self.stage.mask is None else self.stage.mask[:, plan.window_offsets[-1] :]
+        into = self.gradients.tail_weight
+        if into is not None:
+            norm, identity = self.norms.behind(first)
+            table = None if shape.kernel == 1 else pixel_table(shape, d_out)
+            flat = conv_gradient(
+                d_out[None], repeated(self.raw[:, first:], repeats)[None], shape, into.numel(),
+                norm=padded(norm, identity, repeats), identity=identity, table=table,
+                mask=None if mask is None else repeated(mask, repeats), eps=self.eps,
+            )  # fmt: skip
+            into.copy_(flat.view_as(into))
+        if repeats > 1:
+            upstream = upstream.unflatten(1, (repeats, -1)).sum(1)
+        return upstream if mask is None else masked_rows(upstream, mask, self.geometry.height * self.geometry.width)
+
+    def coefficients(self, channels: int) -> Tensor:
+        return self.raw.new_empty((3, channels), dtype=self.gradients.norm_weight.dtype)
+
+    def outside(self, c: int, channels: int) -> Tensor | None:
+        """What reaches activated channels from behind the stage."""
+        first = self.plan.total_channels - self.plan.read_channels
+        if self.upstream is None or c < first:
+            return None
+        return self.upstream[:, c - first : c - first + channels]
+
+
+def launch_backward(
+    d_out: Tensor | None,
+    d_buffer: Tensor | None,
+    buffer: Tensor,
+    z: Tensor | None,
+    stage: StageArguments,
+    needs: Needs,
+) -> Gradients:
+    """All launches of a backward pass, and what they fill."""
+    run = Pass(d_out, d_buffer, buffer, z, stage, needs)
+    newest = through_groups(run)
+    to_input(run, newest)
+    if run.gradients.shortcut is not None:
+        geometry = run.geometry
+        images = run.dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
+        run.gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
+    weight_gradients(run)
+    return run.gradients
+
+
+def through_groups(run: Pass) -> NewestGradient | None:
+    """dy of all groups, and dz of all but the first, which is returned in front of its BN."""
+    plan, k, eps = run.plan, run.plan.group_width, run.eps
+    if plan.bottleneck:
+        shape = packed(run.geometry.inside)
+        transform = mirrored(in_blocks(run.stage.convs.transform, run.geometry.inside), shape.group_out).split(k)
+        assert run.stage.convs.reduce is not None
+        run.window_weight = run.stage.convs.reduce
+    else:
+        run.window_weight = window_taps_first(run.stage.convs.transform, plan)
+    g, g_inner = (run.raw.new_empty((run.geometry.pixels, k)) for _ in range(2))
+    main, inner = run.coefficients(k), run.coefficients(k)
+    receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
+    newest = None
+    for j in reversed(range(len(plan.groups))):
+        c, norm = plan.slot(j), run.norms.groups[j]
+        into = NormGradient(run.into[j].weight, run.into[j].bias, main)
+        pull(
+            run.dz, run.window_weight, run.windows, plan.readers[j + 1], c, g, newest=newest, mask=run.stage.mask,
+            upstream=run.outside(c, k), raw=run.slots[j], norm=norm, into=into, scratch=run.scratch, eps=eps,
+            batch=run.batch,
+        )  # fmt: skip
+        if run.batch:
+            share_gradients(norm, into, run.stage.ranks, eps)
+        passed = run.dy[receivers[c] : receivers[c] + 1] if c in receivers else None
+        d_raw = None if run.d_raw is None else run.d_raw[:, c : c + k]
+        norm_gradient(g, run.slots[j], main, run.dy[j], upstream=d_raw, passed=passed)
+        if run.z is None:
+            continue
+        into = NormGradient(run.into_inner[j].weight, run.into_inner[j].bias, inner)
+        transposed(
+            run.dy[j], transform[j], shape, g_inner, raw=run.z[j], norm=run.norms.inner[j], into=into,
+            scratch=run.scratch, eps=eps, batch=run.batch,
+        )  # fmt: skip
+        if run.batch:
+            share_gradients(run.norms.inner[j], into, run.stage.ranks, eps)
+        newest = NewestGradient(g_inner, run.z[j], inner)
+    return newest
+
+
+def to_input(run: Pass, newest: NewestGradient | None) -> None:
+    """The gradient of the stage's input and of its BN; the first group's own dz is complete afterwards."""
+    plan, channels, k = run.plan, run.plan.in_channels, run.plan.group_width
+    dx = None if run.gradients.x is None else rows(run.gradients.x)
+    if dx is None and run.norms.input is None:
+        if newest is not None:
+            norm_gradient(newest.g, newest.raw, newest.coefficients, run.dz[0])
+        return
+    g = run.raw.new_empty((run.geometry.pixels, channels)) if dx is None else dx
+    raw, into, coefficients = None, None, None
+    if run.norms.input is not None and run.into_input is not None:
+        raw, coefficients = run.raw[:, :channels], run.coefficients(channels)
+        into = NormGradient(run.into_input.weight, run.into_input.bias, coefficients)
+    pull(
+        run.dz, run.window_weight, run.windows, plan.readers[0], 0, g, newest=newest, mask=run.stage.mask,
+        upstream=run.outside(0, channels), raw=raw, norm=run.norms.input, into=into, scratch=run.scratch, eps=run.eps,
+        batch=run.batch,
+    )  # fmt: skip
+    if run.norms.input is not None and into is not None and run.batch:
+        share_gradients(run.norms.input, into, run.stage.ranks, run.eps)
+    if dx is None:
+        return
+    # The first block's shortcuts lead here, one group after the other, from channel 0 on.
+    receivers = [j for j, group in enumerate(plan.groups) if group.residual_start in range(channels)]
+    passed = run.dy[receivers[0] : receivers[-1] + 1] if receivers else None
+    d_raw = None if run.d_raw is None else run.d_raw[:, :channels]
+    if coefficients is not None or passed is not None or d_raw is not None:
+        norm_gradient(g, raw, coefficients, dx, upstream=d_raw, passed=passed)
+
+
+def weight_gradients(run: Pass) -> None:
+    """One launch for all convs over windows, one for all 3×3 convs inside groups."""
+    gradients, plan = run.gradients, run.plan
+    into = gradients.reduce_weight if plan.bottleneck else gradients.transform_weight
+    bits = None if run.table is None else run.table[0]
+    if into is not None:
+        flat = window_gradient(
+            run.dz, run.raw, run.windows, into.numel(), norm=run.norms.main, identity=run.norms.identity,
+            bits=None if plan.bottleneck else bits, mask=run.stage.mask, eps=run.eps,
+        )  # fmt: skip
+        into.copy_(flat.view_as(into))
+    if run.z is not None and gradients.transform_weight is not None and run.norms.all_inner is not None:
+        into = gradients.transform_weight
+        flat = conv_gradient(
+            run.dy, run.z, run.geometry.inside, into.numel(), norm=run.norms.all_inner, table=run.table, eps=run.eps
+        )  # fmt: skip
+        into.copy_(flat.view_as(into))
