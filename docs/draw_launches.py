@@ -11,32 +11,41 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 # (what the row is, tensors and launches by turns): a launch is a title and its steps
 ROWS = (
     (
-        "forward, group j",
-        "buffer\nraw channels\nof the window",
-        ("1×1 convolution", "load, relu(scale·v + shift)", "multiply, sum in float32", "store z raw",
-         "Σ of every tile → BN of z"),
-        "z, raw",
-        ("3×3 convolution", "load, relu(scale·z + shift)", "multiply, sum in float32", "add the shortcut, store y raw",
-         "Σ of every tile → BN of y"),
-        "buffer\nchannels of\ngroup j",
+        "evaluation, group j",
+        "activated\nchannels of\nthe window",
+        ("1×1 convolution", "copy, multiply", "relu(BN(z)), store"),
+        "z",
+        ("3×3 convolution", "copy, multiply ×9", "add the shortcut", "relu(BN(y)), store"),
+        "activated\nchannels of\ngroup j",
+    ),
+    (
+        "training, group j",
+        "activated,\nnewest raw",
+        ("1×1 convolution", "activate the newest, store", "copy, multiply, store z", "Σ of tiles → BN of z"),
+        "z",
+        ("activate", "relu(BN(z)), store"),
+        "z, active",
+        ("3×3 convolution", "copy, multiply ×9", "add the shortcut, store y", "Σ of tiles → BN of y"),
+        "raw\nchannels of\ngroup j",
     ),
     (
         "backward, group j",
         "dz of all\nlater groups\nthat read j",
-        ("pull", "newest dz: a·g + b·z + c, on load", "Σ over readers of W$_{1}$ᵀ·dz",
-         "ReLU mask, store g", "Σg and Σg·x̂ → a, b, c"),
+        ("pull", "newest dz: a·g + b·z + c", "Σ over readers of W$_{1}$ᵀ·dz", "ReLU mask, store g",
+         "Σg, Σg·x̂ → a, b, c"),
         "g",
-        ("3×3, transposed", "dy = a·g + b·y + c, on load", "W$_{3}$ᵀ ∗ dy, store dy", "ReLU mask of z, store g of z",
-         "Σg and Σg·x̂ → a, b, c"),
-        "g of z:\nbecomes dz in\nthe next pull",
+        ("BN backward", "dy = a·g + b·y + c", "+ what shortcuts pass"),
+        "dy",
+        ("3×3, transposed", "copy, multiply ×9", "ReLU mask of z, store g", "Σg, Σg·x̂ → a, b, c"),
+        "g of z",
     ),
 )  # fmt: skip
-TENSOR, LAUNCH, GAP, HEIGHT = 1.8, 4.0, 0.5, 1.7
+TENSOR, LAUNCH, GAP, HEIGHT = 1.7, 3.4, 0.4, 1.7
 
 
 def main(folder: Path = FOLDER) -> Path:
-    """What the two launches of a group do, forward and backward."""
-    figure, (axes,) = canvas(11, 4.6)
+    """What the launches of a group do, in evaluation, in training and backward."""
+    figure, (axes,) = canvas(13, 5.6)
     for row, (title, *parts) in enumerate(ROWS):
         x, y = 0.0, -row * (HEIGHT + 0.9)
         axes.text(0, y + HEIGHT + 0.15, title, ha="left", va="bottom", fontsize=11)
@@ -54,10 +63,10 @@ def main(folder: Path = FOLDER) -> Path:
                 ends = (x + 0.04, y + HEIGHT / 2), (x + GAP - 0.04, y + HEIGHT / 2)
                 axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=13, color="black"))
                 x += GAP
-    width = 3 * TENSOR + 2 * LAUNCH + 4 * GAP
+    width = 4 * TENSOR + 3 * LAUNCH + 6 * GAP
     axes.text(width, HEIGHT + 0.15, "blue: one launch    grey: a tensor in memory", ha="right", va="bottom", fontsize=9)
     axes.set_xlim(-0.1, width + 0.1)
-    axes.set_ylim(-(HEIGHT + 0.9) - 0.1, HEIGHT + 0.6)
+    axes.set_ylim(-2 * (HEIGHT + 0.9) - 0.1, HEIGHT + 0.6)
     return save(figure, folder / "launches.svg")
 
 

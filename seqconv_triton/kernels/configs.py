@@ -263,10 +263,13 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
 
     Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 64 registers a thread.
     """
-    kernel, reduction, block_n, element_size, taps = key
+    kernel, reduction, block_n, element_size, _ = key
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    block_k = max(16, min(64 if element_size == 2 else 32, next_power_of_2(reduction)))
+    # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
+    hopper = arch.startswith("sm_9")
+    longest = 32 if element_size == 4 or arch.startswith(("sm_8", "sm_12")) else 64
+    block_k = max(16, min(longest, next_power_of_2(reduction)))
     if kernel == "weight_gradient":
         return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 4, stages)
-    block_p = 128 if block_n <= 64 else 64
-    return LaunchConfig(block_p, block_n, block_k, 4, stages)
+    block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
+    return LaunchConfig(block_p, block_n, block_k, 8 if block_n > 64 and not hopper else 4, stages)

@@ -1,10 +1,10 @@
 """Convolution over channels that are ready: y = W ∗ (mask · x) [+ shortcut], and what its BN needs or gives.
 
 One kernel for the 1×1 convs over a window (paper, Eq. 4), the 3×3 convs inside a group, grouped or over the window
-(Eq. 2), and the tail. x is activated already, each value once, so that loads go straight into the matrix unit. Where the
-BN behind is known, the epilogue stores relu(BN(y)); in training it takes the statistics of its float32 accumulators,
-which the last program to arrive turns into mean and variance (`statistics.py`). Then the first reader of a group's
-channels, a 1×1 conv, activates them and stores them for the others: `Newest`.
+(Eq. 2), and the tail. x is activated already, each value once, so that loads go straight into the matrix unit. Where
+the BN behind is known, the epilogue stores relu(BN(y)); in training it takes the statistics of its float32
+accumulators, which the last program to arrive turns into mean and variance (`statistics.py`). Then the first reader of
+a group's channels, a 1×1 conv, activates them and stores them for the others: `Newest`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ FAN = 32  # tiles whose sums the last of them to arrive adds up; then the last o
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 Listener = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 Recorder = Callable[[Callable[..., Any], dict[str, Any]], None]
+Noter = Callable[[Any, Any, tuple[int, ...], dict[str, Any]], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("seqconv_triton_listener", default=None)
+_noter: ContextVar[Noter | None] = ContextVar("seqconv_triton_noter", default=None)
 recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("seqconv_triton_recorders", default=())
 
 
@@ -117,10 +119,31 @@ class Scratch(NamedTuple):
 def run(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch a kernel, or tell a listener of it (`tools/ahead.py` compiles what it hears of)."""
     listener = _listener.get()
-    if listener is None:
-        kernel[grid](**arguments)
-    else:
+    if listener is not None:
         listener(kernel, grid, arguments)
+        return
+    compiled = _launch(kernel, grid, arguments)
+    if (noter := _noter.get()) is not None:
+        noter(kernel, compiled, grid, arguments)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+    return kernel[grid](**arguments)
+
+
+def listening() -> bool:
+    """Whether this thread's launches or launchers' calls are heard of by somebody."""
+    return _listener.get() is not None or bool(recorders.get())
+
+
+@contextmanager
+def note(noter: Noter) -> Iterator[None]:
+    """Inside, `noter(kernel, compiled kernel, grid, arguments)` hears of every launch that this thread has made."""
+    token = _noter.set(noter)
+    try:
+        yield
+    finally:
+        _noter.reset(token)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The data gradient of the convs over windows, in pull form: a channel gathers from every later group that read it.
 
-g[p, c] = Σ_i mask_i · Σ_taps W_i[:, c − start_i, tap]ᵀ · dz_i[p − tap]  over the readers i whose window holds c, then what
-reaches c from behind the stage, the ReLU of channel c and the sums of BN's backward. Written once, summed in float32.
+g[p, c] = Σ_i mask_i · Σ_taps W_i[:, c − start_i, tap]ᵀ · dz_i[p − tap]  over the readers i whose window holds c, then
+what reaches c from behind the stage, the ReLU of channel c and the sums of BN's backward. Written once, summed in
+float32.
 
 The first reader of a 1×1 conv's gradient has only just got its BN's sums: it is taken through that BN on load,
 dz = a·g + b·z + c, and stored for the readers after it (`Newest`); one tap reads each value once.
@@ -100,8 +101,8 @@ def dropped(
 
 @triton.jit(
     do_not_specialize=[
-        "first_reader", "last_reader", "target", "P", "H", "W", "stride_dz", "step_dz", "stride_mask", "stride_upstream",
-        "stride_newest", "stride_newest_raw", "stride_g", "stride_raw",
+        "first_reader", "last_reader", "target", "P", "H", "W", "stride_dz", "step_dz", "stride_mask",
+        "stride_upstream", "stride_newest", "stride_newest_raw", "stride_g", "stride_raw",
     ]
 )  # fmt: skip
 def pull_kernel(
@@ -257,8 +258,9 @@ def pull(
         tile_g_ptr=sums.first, tile_gx_ptr=sums.second, counter_ptr=sums.counters,
         first_reader=readers[0], last_reader=readers[1], target=target,
         P=windows.shape.in_pixels, H=windows.shape.height, W=windows.shape.width,
-        stride_dz=dz.stride(1), step_dz=dz.stride(0), stride_mask=row_stride(mask), stride_upstream=row_stride(upstream),
-        stride_newest=row_stride(new.g), stride_newest_raw=row_stride(new.raw), stride_g=g.stride(0),
+        stride_dz=dz.stride(1), step_dz=dz.stride(0), stride_mask=row_stride(mask),
+        stride_upstream=row_stride(upstream), stride_newest=row_stride(new.g),
+        stride_newest_raw=row_stride(new.raw), stride_g=g.stride(0),
         stride_raw=row_stride(raw), eps=eps, **constants,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What the conv kernels share: which taps lie inside the image, BN as scale and shift, and the product over taps.
 
-A conv is an implicit GEMM over operands that are ready: x [P, C] activated, weights [C_out, taps, C_in]. Tap t of pixel p
-lies `(t // K − K // 2)·W + t % K − K // 2` rows further on; a bit a tap, computed once, says whether it is in the image.
+A conv is an implicit GEMM over operands that are ready: x [P, C] activated, weights [C_out, taps, C_in]. Tap t of pixel
+p lies `(t // K − K // 2)·W + t % K − K // 2` rows further on; a bit a tap, computed once, says whether it is inside.
 """
 
 from __future__ import annotations

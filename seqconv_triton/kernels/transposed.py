@@ -1,8 +1,8 @@
 """Transposed convolution: the data gradient of a conv inside a group, or of the tail.
 
-g[p, c] = Σ_taps W[:, c, tap]ᵀ · dy[p − tap], then the ReLU of channel c and the sums of BN's backward if one is in front.
-With stride 1 that is a conv with mirrored taps; with stride s the pixels fall into s² classes, of which each meets a few
-taps only: a program takes pixels of one class.
+g[p, c] = Σ_taps W[:, c, tap]ᵀ · dy[p − tap], then the ReLU of channel c and the sums of BN's backward if one is in
+front. With stride 1 that is a conv with mirrored taps; with stride s the pixels fall into s² classes, of which each
+meets a few taps only: a program takes pixels of one class.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Weight gradients of all groups of a stage in one launch: dW_i[o, c, tap] = Σ_p dy_i[p, o]·act(x[p + tap, c]).
 
-A batched matrix product over the pixels. With stride 1 its rows are pairs of a tap and an output, which share the pixels
-of x: dy[p − tap] needs no activation, so that x is activated once for a whole tile of rows. Groups whose windows overlap
-form a band with common columns. With a longer stride the columns are pairs of a tap and a channel instead. Split into
-runs of pixels; the partial sums are added in a fixed order afterwards, so that two runs give the same bits.
+A batched matrix product over the pixels. With stride 1 its rows are pairs of a tap and an output, which share the
+pixels of x: dy[p − tap] needs no activation, so that x is activated once for a whole tile of rows. Groups whose windows
+overlap form a band with common columns. With a longer stride the columns are pairs of a tap and a channel instead.
+Split into runs of pixels; the partial sums are added in a fixed order afterwards: two runs, same bits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def windows_of_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "P", "W", "pixels", "share", "size", "groups", "stride_dy", "step_dy", "stride_x", "step_x", "step_norm", "stride_mask",
+        "P", "W", "pixels", "share", "size", "groups", "stride_dy", "step_dy", "stride_x", "step_x", "step_norm",
+        "stride_mask",
     ]
 )  # fmt: skip
 def weight_gradient_kernel(
@@ -80,8 +81,8 @@ def weight_gradient_kernel(
     P, W, pixels, share, size, groups, stride_dy, step_dy, stride_x, step_x, step_norm, stride_mask, eps,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, BAND: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr,
     WINDOW: tl.constexpr, REACH: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, IDENTITY: tl.constexpr,
-    TILES_N: tl.constexpr, TILES_M: tl.constexpr, STRETCH: tl.constexpr, WINDOWS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES_N: tl.constexpr, TILES_M: tl.constexpr, STRETCH: tl.constexpr, WINDOWS: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of outputs, of rows and of columns; band of groups; run of pixels) writes its part of `partial`.
 

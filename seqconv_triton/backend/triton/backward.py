@@ -1,11 +1,13 @@
 """The launch order of the Triton kernels for a stage's backward pass, from the last group to the first.
 
 A group is three launches: a pull gathers the gradient of its channels from all later groups, an elementwise one takes
-it through BN, and a transposed conv takes it to z. The gradient of z goes through its BN in the next pull, where one tap
-reads it. A basic layer's group is a pull and an elementwise launch. The weight gradients of all groups follow at the end.
+it through BN, and a transposed conv takes it to z. The gradient of z goes through its BN in the next pull, where one
+tap reads it. A basic layer's group is a pull and an elementwise launch. The weight gradients of all groups follow.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +31,10 @@ from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.elementwise import activate, norm_gradient
 from seqconv_triton.kernels.launch import BatchNorm, NormGradient, Scratch
 from seqconv_triton.kernels.pull import NewestGradient, pull
+from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.transposed import transposed
 from seqconv_triton.kernels.weight_gradient import conv_gradient, pixel_table, window_gradient
+from seqconv_triton.plan_text import encode
 
 
 class Pass:
@@ -45,6 +49,7 @@ class Pass:
         needs: Needs,
     ) -> None:  # fmt: skip
         self.stage, self.plan, self.eps = stage, stage.plan, stage.eps
+        self.mask = None if stage.mask is None else stage.mask.contiguous()
         plan, k, count = self.plan, self.plan.group_width, len(self.plan.groups)
         self.batch = stage.statistics == "batch"
         self.gradients = empty_gradients(buffer, stage, needs)
@@ -70,6 +75,27 @@ class Pass:
         self.upstream = None if d_out is None else self.through_tail(rows(channels_last(d_out)))
         if d_out is None and g.tail_weight is not None:
             g.tail_weight.zero_()
+        self.transposed = packed(self.geometry.inside)
+        if plan.bottleneck:
+            assert stage.convs.reduce is not None
+            self.window_weight = stage.convs.reduce
+            self.mirrored = mirrored(in_blocks(stage.convs.transform, self.geometry.inside), self.transposed.group_out)
+        else:
+            self.window_weight = window_taps_first(stage.convs.transform, plan)
+            self.mirrored = self.window_weight
+        # Of the group whose turn it is: g behind its activation and behind that of z, and their BNs' a, b, c.
+        self.g, self.g_inner = (buffer.new_empty((pixels, k)) for _ in range(2))
+        self.coefficients, self.inner_coefficients = self.empty_coefficients(k), self.empty_coefficients(k)
+
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """All that the groups' launches read or write."""
+        g, norms = self.gradients, self.stage.norms
+        gradients = g.norm_weight, g.norm_bias, g.reduce_norm_weight, g.reduce_norm_bias
+        own = self.raw, self.z, self.dy, self.dz if self.plan.bottleneck else None, self.mask, self.upstream, self.d_raw
+        weights = self.window_weight, self.mirrored if self.plan.bottleneck else None, self.windows.table
+        groups = self.g, self.g_inner, self.coefficients, self.inner_coefficients
+        return own, weights, groups, self.scratch, gradients, norms
 
     def recomputed_z(self) -> Tensor:
         """z [J, P, k] again, from the raw buffer."""
@@ -79,7 +105,7 @@ class Pass:
         activate(self.raw[:, : plan.in_channels], activated[:, : plan.in_channels], self.norms.input, self.eps)
         behind, _ = self.norms.behind(plan.in_channels)
         activate(self.raw[:, plan.in_channels :], activated[:, plan.in_channels :], behind, self.eps)
-        masks = None if self.stage.mask is None else group_masks(self.stage.mask, plan)
+        masks = None if self.mask is None else group_masks(self.mask, plan)
         z = self.raw.new_empty((len(plan.groups), self.geometry.pixels, k))
         for j, weight in enumerate(window_weights(self.stage.convs.reduce, plan, 1)):
             mask = None if masks is None else masks[j]
@@ -96,7 +122,7 @@ class Pass:
         weight = mirrored(in_blocks(self.stage.convs.tail, shape), packed(shape).group_out)
         upstream = d_out.new_empty((self.geometry.pixels, plan.read_channels * repeats))
         transposed(d_out, weight, packed(shape), upstream)
-        mask = None if self.stage.mask is None else self.stage.mask[:, plan.window_offsets[-1] :]
+        mask = None if self.mask is None else self.mask[:, plan.window_offsets[-1] :]
         into = self.gradients.tail_weight
         if into is not None:
             norm, identity = self.norms.behind(first)
@@ -111,8 +137,13 @@ class Pass:
             upstream = upstream.unflatten(1, (repeats, -1)).sum(1)
         return upstream if mask is None else masked_rows(upstream, mask, self.geometry.height * self.geometry.width)
 
-    def coefficients(self, channels: int) -> Tensor:
+    def empty_coefficients(self, channels: int) -> Tensor:
         return self.raw.new_empty((3, channels), dtype=self.gradients.norm_weight.dtype)
+
+    def newest(self, j: int) -> NewestGradient:
+        """What the transposed conv of group j has left: the gradient of z in front of its BN."""
+        assert self.z is not None
+        return NewestGradient(self.g_inner, self.z[j], self.inner_coefficients)
 
     def outside(self, c: int, channels: int) -> Tensor | None:
         """What reaches activated channels from behind the stage."""
@@ -132,8 +163,13 @@ def launch_backward(
 ) -> Gradients:
     """All launches of a backward pass, and what they fill."""
     run = Pass(d_out, d_buffer, buffer, z, stage, needs)
-    newest = through_groups(run)
-    to_input(run, newest)
+    if stage.ranks is not None:  # which talk between launches
+        through_groups(run)
+    else:
+        present = [t is not None for t in (d_out, d_buffer, stage.mask)]
+        name = "backward", encode(stage.plan), run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
+        replayed((*name, *present), run.memory, lambda: through_groups(run))
+    to_input(run, run.newest(0) if stage.plan.bottleneck else None)
     if run.gradients.shortcut is not None:
         geometry = run.geometry
         images = run.dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
@@ -142,25 +178,18 @@ def launch_backward(
     return run.gradients
 
 
-def through_groups(run: Pass) -> NewestGradient | None:
-    """dy of all groups, and dz of all but the first, which is returned in front of its BN."""
+def through_groups(run: Pass) -> None:
+    """dy of all groups, and dz of all but the first, whose g and coefficients are left in front of its BN."""
     plan, k, eps = run.plan, run.plan.group_width, run.eps
-    if plan.bottleneck:
-        shape = packed(run.geometry.inside)
-        transform = mirrored(in_blocks(run.stage.convs.transform, run.geometry.inside), shape.group_out).split(k)
-        assert run.stage.convs.reduce is not None
-        run.window_weight = run.stage.convs.reduce
-    else:
-        run.window_weight = window_taps_first(run.stage.convs.transform, plan)
-    g, g_inner = (run.raw.new_empty((run.geometry.pixels, k)) for _ in range(2))
-    main, inner = run.coefficients(k), run.coefficients(k)
+    transform = run.mirrored.split(k) if plan.bottleneck else ()
     receivers = {group.residual_start: j for j, group in enumerate(plan.groups) if group.residual_start is not None}
-    newest = None
+    last = len(plan.groups) - 1
     for j in reversed(range(len(plan.groups))):
         c, norm = plan.slot(j), run.norms.groups[j]
-        into = NormGradient(run.into[j].weight, run.into[j].bias, main)
+        into = NormGradient(run.into[j].weight, run.into[j].bias, run.coefficients)
         pull(
-            run.dz, run.window_weight, run.windows, plan.readers[j + 1], c, g, newest=newest, mask=run.stage.mask,
+            run.dz, run.window_weight, run.windows, plan.readers[j + 1], c, run.g,
+            newest=run.newest(j + 1) if plan.bottleneck and j < last else None, mask=run.mask,
             upstream=run.outside(c, k), raw=run.slots[j], norm=norm, into=into, scratch=run.scratch, eps=eps,
             batch=run.batch,
         )  # fmt: skip
@@ -168,23 +197,21 @@ def through_groups(run: Pass) -> NewestGradient | None:
             share_gradients(norm, into, run.stage.ranks, eps)
         passed = run.dy[receivers[c] : receivers[c] + 1] if c in receivers else None
         d_raw = None if run.d_raw is None else run.d_raw[:, c : c + k]
-        norm_gradient(g, run.slots[j], main, run.dy[j], upstream=d_raw, passed=passed)
+        norm_gradient(run.g, run.slots[j], run.coefficients, run.dy[j], upstream=d_raw, passed=passed)
         if run.z is None:
             continue
-        into = NormGradient(run.into_inner[j].weight, run.into_inner[j].bias, inner)
+        into = NormGradient(run.into_inner[j].weight, run.into_inner[j].bias, run.inner_coefficients)
         transposed(
-            run.dy[j], transform[j], shape, g_inner, raw=run.z[j], norm=run.norms.inner[j], into=into,
+            run.dy[j], transform[j], run.transposed, run.g_inner, raw=run.z[j], norm=run.norms.inner[j], into=into,
             scratch=run.scratch, eps=eps, batch=run.batch,
         )  # fmt: skip
         if run.batch:
             share_gradients(run.norms.inner[j], into, run.stage.ranks, eps)
-        newest = NewestGradient(g_inner, run.z[j], inner)
-    return newest
 
 
 def to_input(run: Pass, newest: NewestGradient | None) -> None:
     """The gradient of the stage's input and of its BN; the first group's own dz is complete afterwards."""
-    plan, channels, k = run.plan, run.plan.in_channels, run.plan.group_width
+    plan, channels = run.plan, run.plan.in_channels
     dx = None if run.gradients.x is None else rows(run.gradients.x)
     if dx is None and run.norms.input is None:
         if newest is not None:
@@ -193,10 +220,10 @@ def to_input(run: Pass, newest: NewestGradient | None) -> None:
     g = run.raw.new_empty((run.geometry.pixels, channels)) if dx is None else dx
     raw, into, coefficients = None, None, None
     if run.norms.input is not None and run.into_input is not None:
-        raw, coefficients = run.raw[:, :channels], run.coefficients(channels)
+        raw, coefficients = run.raw[:, :channels], run.empty_coefficients(channels)
         into = NormGradient(run.into_input.weight, run.into_input.bias, coefficients)
     pull(
-        run.dz, run.window_weight, run.windows, plan.readers[0], 0, g, newest=newest, mask=run.stage.mask,
+        run.dz, run.window_weight, run.windows, plan.readers[0], 0, g, newest=newest, mask=run.mask,
         upstream=run.outside(0, channels), raw=raw, norm=run.norms.input, into=into, scratch=run.scratch, eps=run.eps,
         batch=run.batch,
     )  # fmt: skip
@@ -220,7 +247,7 @@ def weight_gradients(run: Pass) -> None:
     if into is not None:
         flat = window_gradient(
             run.dz, run.raw, run.windows, into.numel(), norm=run.norms.main, identity=run.norms.identity,
-            bits=None if plan.bottleneck else bits, mask=run.stage.mask, eps=run.eps,
+            bits=None if plan.bottleneck else bits, mask=run.mask, eps=run.eps,
         )  # fmt: skip
         into.copy_(flat.view_as(into))
     if run.z is not None and gradients.transform_weight is not None and run.norms.all_inner is not None:

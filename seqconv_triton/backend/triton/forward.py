@@ -1,13 +1,15 @@
 """The launch order of the Triton kernels for a stage's forward pass.
 
-Every value is activated once, and convs read activated channels only. Where the BNs are known a group is two launches, a
-1×1 conv over its window and a 3×3 conv, whose epilogues activate. With a batch's statistics it is three: the 1×1 conv
-activates the newest channels of its window, those of the group before, and a launch activates z in front of nine taps.
-A basic layer has no 1×1 conv: its newest channels are activated by a launch. Raw features are kept for backward; the
-activated ones, [P, B], live as long as the pass.
+Every value is activated once, and convs read activated channels only. Where the BNs are known a group is two
+launches, a 1×1 conv over its window and a 3×3 conv, whose epilogues activate. With a batch's statistics it is three:
+the 1×1 conv activates the newest channels of its window, those of the group before, and a launch activates z in front
+of nine taps. A basic layer has no 1×1 conv: its newest channels are activated by a launch. Raw features are kept for
+backward; the activated ones, [P, B], live as long as the pass.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -28,139 +30,165 @@ from seqconv_triton.backend.triton.parts import (
 from seqconv_triton.kernels.convolution import Newest, convolution
 from seqconv_triton.kernels.elementwise import activate
 from seqconv_triton.kernels.launch import Scratch
+from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.statistics import input_statistics
+from seqconv_triton.plan_text import encode
 
 
 class Pass:
-    """A forward pass: its operands, the activated channels [P, B], and where raw channels lie."""
+    """A forward pass: its operands, and all memory that its launches use, so that they can be replayed.
 
-    def __init__(self, x: Tensor, shortcut: Tensor | None, stage: StageArguments, outputs: ForwardOutputs) -> None:
+    Activated channels lie in `activated` [P, B]; raw ones in `raw`, by their place in the buffer, where they are kept
+    or a later shortcut adds them.
+    """
+
+    def __init__(
+        self, x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
+    ) -> None:
         self.stage, self.plan, self.eps = stage, stage.plan, stage.eps
         plan, k = self.plan, self.plan.group_width
+        self.batch = stage.statistics == "batch"
+        self.outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner)
         self.geometry = Geometry(plan, x)
         pixels = self.geometry.pixels
-        norms = stage.norms if outputs.statistics is None else with_statistics(stage.norms, outputs.statistics)
-        self.norms = StageNorms(stage, norms.main, norms.inner)
+        statistics = self.outputs.statistics
+        self.vectors = stage.norms if statistics is None else with_statistics(stage.norms, statistics)
+        self.norms = StageNorms(stage, self.vectors.main, self.vectors.inner)
         self.x = rows(channels_last(x))
-        self.activated = x.new_empty((pixels, plan.total_channels))
-        self.activated_slots = self.activated[:, plan.in_channels :].split(k, 1)
-        self.z = None if outputs.z is None else outputs.z.view(-1, pixels, k)
-        self.activated_z = x.new_empty((pixels, k)) if plan.bottleneck else None
-        self.masks = None if stage.mask is None else group_masks(stage.mask, plan)
         self.shortcut = None if shortcut is None else rows(channels_last(shortcut))
+        self.mask = None if stage.mask is None else stage.mask.contiguous()
+        self.masks = None if self.mask is None else group_masks(self.mask, plan)
+        self.inside = packed(self.geometry.inside)
         self.reduce = () if stage.convs.reduce is None else window_weights(stage.convs.reduce, plan, 1)
         if plan.bottleneck:
-            dense = taps_first(in_blocks(stage.convs.transform, self.geometry.inside))
-            self.transform = dense.split(k)
+            self.taps_first = taps_first(in_blocks(stage.convs.transform, self.geometry.inside))
+            self.transform: tuple[Tensor, ...] = self.taps_first.split(k)
         else:
-            flat = window_taps_first(stage.convs.transform, plan)
-            self.transform = transform_weights(flat.view(stage.convs.transform.shape), plan)
-        self.inside = packed(self.geometry.inside)
+            self.taps_first = window_taps_first(stage.convs.transform, plan)
+            self.transform = transform_weights(self.taps_first.view(stage.convs.transform.shape), plan)
+        self.scratch = Scratch.allocate(x, pixels, max(k, plan.in_channels)) if self.batch else None
 
-    def mask(self, j: int) -> Tensor | None:
-        return None if self.masks is None else self.masks[j]
+        self.activated = x.new_empty((pixels, plan.total_channels))
+        self.activated_slots = self.activated[:, plan.in_channels :].split(k, 1)
+        self.buffer = self._raw_channels()
+        self.z = self.activated_z = None
+        if plan.bottleneck:
+            self.activated_z = x.new_empty((pixels, k))
+            if self.outputs.z is not None:
+                self.z = self.outputs.z.view(-1, pixels, k)
+            elif self.batch:  # one for all groups
+                self.z = x.new_empty((1, pixels, k)).expand(len(plan.groups), -1, -1)
 
-    def source(self, j: int, raw: dict[int, Tensor]) -> Tensor | None:
-        """What is added to group j's raw output: raw channels [P, k], by their place in the buffer."""
+    def _raw_channels(self) -> Tensor:
+        """The buffer where it is kept or a BN's statistics are to come; else room for what shortcuts will add."""
+        plan, k, pixels = self.plan, self.plan.group_width, self.geometry.pixels
+        places = [plan.slot(j) for j in range(len(plan.groups))]
+        if self.outputs.buffer is not None:
+            buffer, first = rows(self.outputs.buffer), plan.in_channels
+        elif self.batch:
+            buffer, first = self.x.new_empty((pixels, plan.total_channels)), plan.in_channels
+        else:
+            awaited = {group.residual_start for group in plan.groups}
+            places = [c for c in places if c in awaited]
+            buffer, first = self.x.new_empty((pixels, len(places) * k)), 0
+        self.raw = dict(zip(places, buffer[:, first:].split(k, 1), strict=True)) if places else {}
+        return buffer
+
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """All that the groups' launches read or write."""
+        convs = self.stage.convs
+        own = self.x, self.shortcut, self.mask, convs.reduce, self.taps_first, self.activated, self.buffer
+        return (*own, self.z, self.activated_z, self.scratch, self.vectors)
+
+    def source(self, j: int) -> Tensor | None:
+        """What is added to group j's raw output [P, k]."""
         k, start = self.plan.group_width, self.plan.groups[j].residual_start
         if self.shortcut is not None:
             return self.shortcut[:, j * k : (j + 1) * k]
         if start is None:
             return None
-        return self.x[:, start : start + k] if start < self.plan.in_channels else raw[start]
+        return self.x[:, start : start + k] if start < self.plan.in_channels else self.raw[start]
 
-    def leave(self, out: Tensor) -> None:
+    def leave(self) -> None:
         """The last activated channels as they are, or through the tail."""
-        first = self.plan.total_channels - self.plan.read_channels
+        out, first = rows(self.outputs.out), self.plan.total_channels - self.plan.read_channels
         if self.geometry.tail is None or self.plan.tail is None:
-            activate(self.activated[:, first:], rows(out), None, self.eps)
+            activate(self.activated[:, first:], out, None, self.eps)
             return
         assert self.stage.convs.tail is not None
         source, repeats = self.activated[:, first:], self.plan.tail.repeats
         weight = taps_first(in_blocks(self.stage.convs.tail, self.geometry.tail))
         mask = None if self.masks is None else repeated(self.masks[-1], repeats)
-        convolution(repeated(source, repeats), 0, weight, packed(self.geometry.tail), raw=rows(out), mask=mask)
+        convolution(repeated(source, repeats), 0, weight, packed(self.geometry.tail), raw=out, mask=mask)
 
 
 def launch_forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
     """All launches of a forward pass, and what they fill."""
-    outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner)
-    run = Pass(x, shortcut, stage, outputs)
-    buffer = None if outputs.buffer is None else rows(outputs.buffer)
-    if stage.statistics == "batch":
-        with_batch_statistics(run, buffer)
+    run = Pass(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
+    groups = with_batch_statistics if run.batch else with_known_statistics
+    if stage.ranks is not None:  # which talk between launches
+        groups(run)
     else:
-        with_known_statistics(run, buffer)
-    run.leave(outputs.out)
-    return outputs
+        present = shortcut is not None, stage.mask is not None, keep, run.outputs.z is not None
+        name = "forward", encode(stage.plan), run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
+        replayed((*name, *present), run.memory, lambda: groups(run))
+    run.leave()
+    return run.outputs
 
 
-def with_known_statistics(run: Pass, buffer: Tensor | None) -> None:
-    """Epilogues activate; raw channels are stored where they are kept, or where a later shortcut adds them."""
-    plan, k, eps, norms = run.plan, run.plan.group_width, run.eps, run.norms
-    input_copy = None if buffer is None else buffer[:, : plan.in_channels]
-    activate(run.x, run.activated[:, : plan.in_channels], norms.input, eps, input_copy)
-    places = [plan.slot(j) for j in range(len(plan.groups))]
-    if buffer is None:
-        awaited = {group.residual_start for group in plan.groups}
-        places = [c for c in places if c in awaited]
-        buffer, first = run.x.new_empty((run.geometry.pixels, len(places) * k)), 0
-    else:
-        first = plan.in_channels
-    raw = dict(zip(places, buffer[:, first:].split(k, 1), strict=True)) if places else {}
+def with_known_statistics(run: Pass) -> None:
+    """Epilogues activate."""
+    plan, eps, norms, channels = run.plan, run.eps, run.norms, run.plan.in_channels
+    kept = run.outputs.buffer is not None
+    activate(run.x, run.activated[:, :channels], norms.input, eps, run.buffer[:, :channels] if kept else None)
     for j, group in enumerate(plan.groups):
-        source, start, shape, mask = run.activated, group.window_start, run.geometry.windows[j], run.mask(j)
+        source, start, shape = run.activated, group.window_start, run.geometry.windows[j]
+        mask = None if run.masks is None else run.masks[j]
         if run.activated_z is not None:
-            z = None if run.z is None else run.z[j]
             convolution(
-                source, start, run.reduce[j], shape, raw=z, activated=run.activated_z, norm=norms.inner[j], mask=mask,
-                eps=eps,
+                source, start, run.reduce[j], shape, raw=None if run.z is None else run.z[j],
+                activated=run.activated_z, norm=norms.inner[j], mask=mask, eps=eps,
             )  # fmt: skip
             source, start, shape, mask = run.activated_z, 0, run.inside, None
         convolution(
-            source, start, run.transform[j], shape, raw=raw.get(plan.slot(j)), activated=run.activated_slots[j],
-            norm=norms.groups[j], mask=mask, shortcut=run.source(j, raw), eps=eps,
+            source, start, run.transform[j], shape, raw=run.raw.get(plan.slot(j)), activated=run.activated_slots[j],
+            norm=norms.groups[j], mask=mask, shortcut=run.source(j), eps=eps,
         )  # fmt: skip
 
 
-def with_batch_statistics(run: Pass, buffer: Tensor | None) -> None:
+def with_batch_statistics(run: Pass) -> None:
     """A BN is complete when its conv's last program is: its first reader activates."""
     plan, k, eps, norms, ranks = run.plan, run.plan.group_width, run.eps, run.norms, run.stage.ranks
-    pixels, channels = run.geometry.pixels, run.plan.in_channels
-    if buffer is None:
-        buffer = run.x.new_empty((pixels, plan.total_channels))
-    scratch = Scratch.allocate(run.x, pixels, max(k, channels))
-    slots = buffer[:, channels:].split(k, 1)
-    raw = {plan.slot(j): slot for j, slot in enumerate(slots)}
+    channels, slots, scratch = plan.in_channels, [*run.raw.values()], run.scratch
+    assert scratch is not None
     if norms.input is not None:
-        input_statistics(run.x, buffer[:, :channels], norms.input, scratch)
+        input_statistics(run.x, run.buffer[:, :channels], norms.input, scratch)
         share_statistics(norms.input, ranks)
         activate(run.x, run.activated[:, :channels], norms.input, eps)
     else:
-        activate(run.x, run.activated[:, :channels], None, eps, buffer[:, :channels])
-    any_z = None if run.activated_z is None or run.z is not None else run.x.new_empty((pixels, k))
+        activate(run.x, run.activated[:, :channels], None, eps, run.buffer[:, :channels])
     for j, group in enumerate(plan.groups):
-        source, start, shape, mask = run.activated, group.window_start, run.geometry.windows[j], run.mask(j)
-        if run.activated_z is not None:
-            z = any_z if run.z is None else run.z[j]
-            newest = Newest(slots[j - 1], norms.groups[j - 1]) if j > 0 and group.window_width >= k else None
-            if j > 0 and newest is None:  # others read more of those channels than this group does
-                activate(slots[j - 1], run.activated_slots[j - 1], norms.groups[j - 1], eps)
+        source, start, shape = run.activated, group.window_start, run.geometry.windows[j]
+        mask, newest = None if run.masks is None else run.masks[j], None
+        # Other readers of those channels would need what a narrower window does not have.
+        if j > 0 and plan.bottleneck and group.window_width >= k:
+            newest = Newest(slots[j - 1], norms.groups[j - 1])
+        elif j > 0:
+            activate(slots[j - 1], run.activated_slots[j - 1], norms.groups[j - 1], eps)
+        if run.z is not None and run.activated_z is not None:
             convolution(
-                source, start, run.reduce[j], shape, raw=z, norm=norms.inner[j], mask=mask, newest=newest,
+                source, start, run.reduce[j], shape, raw=run.z[j], norm=norms.inner[j], mask=mask, newest=newest,
                 scratch=scratch, eps=eps,
             )  # fmt: skip
             share_statistics(norms.inner[j], ranks)
-            assert z is not None
-            activate(z, run.activated_z, norms.inner[j], eps)
+            activate(run.z[j], run.activated_z, norms.inner[j], eps)
             source, start, shape, mask = run.activated_z, 0, run.inside, None
-        elif j > 0:
-            activate(slots[j - 1], run.activated_slots[j - 1], norms.groups[j - 1], eps)
         convolution(
             source, start, run.transform[j], shape, raw=slots[j], norm=norms.groups[j], mask=mask,
-            shortcut=run.source(j, raw), scratch=scratch, eps=eps,
+            shortcut=run.source(j), scratch=scratch, eps=eps,
         )  # fmt: skip
         share_statistics(norms.groups[j], ranks)
     activate(slots[-1], run.activated_slots[-1], norms.groups[-1], eps)

@@ -1,13 +1,24 @@
-"""The Triton backend as `ops/registered.py` calls it (`contract.FusedBackend`)."""
+"""The Triton backend as `ops/registered.py` calls it (`contract.FusedBackend`).
+
+Where PyTorch's convolutions must not use TF32, float32 on a GPU is theirs: exact products have no matrix instruction.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from seqconv_triton.backend.aten import training as aten
 from seqconv_triton.backend.contract import ForwardOutputs, Gradients, Needs, StageArguments
 from seqconv_triton.backend.triton.backward import launch_backward
 from seqconv_triton.backend.triton.forward import launch_forward
 from seqconv_triton.backend.triton.parts import check
+from seqconv_triton.kernels.launch import precision
+
+
+def exact(x: Tensor) -> bool:
+    """Whether products of float32 must be."""
+    return x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) != "tf32"
 
 
 def forward(
@@ -15,7 +26,8 @@ def forward(
 ) -> ForwardOutputs:
     """As `contract.FusedBackend` says. Raises TypeError or ValueError for what the kernels do not take."""
     check(x, stage.plan)
-    return launch_forward(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
+    launch = aten.forward if exact(x) else launch_forward
+    return launch(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
 
 
 def backward(
@@ -28,4 +40,5 @@ def backward(
 ) -> Gradients:
     """As `contract.FusedBackend` says."""
     check(buffer, stage.plan)
-    return launch_backward(d_out, d_buffer, buffer, z, stage, needs)
+    launch = aten.backward if exact(buffer) else launch_backward
+    return launch(d_out, d_buffer, buffer, z, stage, needs)

@@ -1,4 +1,4 @@
-"""What both passes of the Triton backend derive from a stage: shapes, rows, BNs, and weights as the kernels read them."""
+"""What both passes of the Triton backend derive from a stage: shapes, rows, BNs, weights as the kernels read them."""
 
 from __future__ import annotations
 
