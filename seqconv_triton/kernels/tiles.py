@@ -66,10 +66,10 @@ def step_product(
     offs_k = k0 + tl.arange(0, BLOCK_K)
     valid_k = offs_k < reach
     if KERNEL > 1:
-        # A mirrored conv, that of the data gradient, reads the pixel on the other side.
-        place = KERNEL * KERNEL - 1 - tap if MIRRORED else tap
-        x += ((place // KERNEL - KERNEL // 2) * W + place % KERNEL - KERNEL // 2) * stride_x
-        valid_p = ((bits >> place) & 1) != 0
+        x += ((tap // KERNEL - KERNEL // 2) * W + tap % KERNEL - KERNEL // 2) * stride_x
+        valid_p = ((bits >> tap) & 1) != 0
+    if MIRRORED:  # the weight, not the pixel: a bit below the first, in a copy that the last step skips, is undefined
+        tap = KERNEL * KERNEL - 1 - tap
     valid = valid_p[:, None] if EVEN_K else valid_p[:, None] & valid_k[None, :]
     value = tl.load(x[:, None] + offs_k[None, :], mask=valid, other=0.0)  # [BLOCK_P, BLOCK_K]
     taken = weight[None, :] + tap * row_length + offs_k[:, None]  # [BLOCK_K, BLOCK_N]

@@ -125,6 +125,8 @@ def weight_gradient_kernel(
         place_n += (
             ((column_tap // KERNEL - KERNEL // 2) * W + column_tap % KERNEL - KERNEL // 2) * stride_x * (STRIDE > 1)
         )
+    # dy's pixel lies on the other side of x's. Rows and columns beyond the last tap have no bit, and must have some.
+    row_bit, column_bit = tl.maximum(TAPS - 1 - row_tap, 0), tl.minimum(column_tap, TAPS - 1)
     # What the compiler cannot see through the divisions: neighbouring rows, or columns, of a tap lie side by side.
     place_m = tl.max_contiguous(tl.multiple_of(place_m, STRETCH), STRETCH)
     place_n = tl.max_contiguous(tl.multiple_of(place_n, STRETCH), STRETCH)
@@ -144,10 +146,10 @@ def weight_gradient_kernel(
         at = offs_p
         if KERNEL > 1:
             bits = tl.load(bits_ptr + offs_p, mask=mask_p, other=0)
-            if STRIDE == 1:  # dy's pixel lies on the other side of x's
-                valid_m &= tl.max_constancy(((bits[:, None] >> (TAPS - 1 - row_tap)[None, :]) & 1) != 0, [1, STRETCH])
+            if STRIDE == 1:
+                valid_m &= tl.max_constancy(((bits[:, None] >> row_bit[None, :]) & 1) != 0, [1, STRETCH])
             else:
-                valid_n &= tl.max_constancy(((bits[:, None] >> column_tap[None, :]) & 1) != 0, [1, STRETCH])
+                valid_n &= tl.max_constancy(((bits[:, None] >> column_bit[None, :]) & 1) != 0, [1, STRETCH])
         if STRIDE > 1:
             at = tl.load(rows_ptr + offs_p, mask=mask_p, other=0)
         if WIDE:
