@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("a model's stages, parameters, multiply-adds and memory", "seqconv_triton.tools.info"),
     "kernels": Command("compile the Triton kernels of a model ahead of time", "seqconv_triton.tools.kernels"),
+    "cost": Command("the least time of a model's kernels on a GPU", "seqconv_triton.tools.cost_command"),
     "tune": Command("measure the kernels' configurations on a GPU", "seqconv_triton.tools.tune"),
 }
 

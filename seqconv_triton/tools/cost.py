@@ -8,9 +8,9 @@ not less. FLOPs are two a multiply-add of the convs' real weights. Instructions 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,9 @@ from seqconv_triton.kernels.configs import assume, use_tables
 from seqconv_triton.plan import Plan
 from seqconv_triton.tools import instructions
 from seqconv_triton.tools.ahead import Launch, describe, stage_inputs, stage_passes
+from seqconv_triton.tools.ceilings import Gpu
 
-MATRIX_KERNELS = ("convolution", "transposed", "pull", "weight_gradient")
 Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Ceilings of a GPU: those of an H100 or H200 are measured peaks of bf16 products and of copies."""
-
-    multiprocessors: int = 132
-    clock: float = 1.755e9  # cycles a second
-    bytes_per_second: float = 4.3e12
-    operations_per_second: float = 780e12
-
-    @property
-    def issues_per_second(self) -> float:
-        """Warp instructions: four schedulers a multiprocessor, one a cycle."""
-        return self.multiprocessors * 4 * self.clock
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class Work:
 
     def issue_seconds(self, gpu: Gpu, architecture: str) -> float:
         """All warp instructions of the launch over all issue slots, or over those that its programs reach."""
-        if self.item is None:
+        if self.item is None or not self.programs:
             return 0.0
         reached = min(1.0, self.programs / gpu.multiprocessors)
         total = self.instructions(architecture) * self.item.num_warps * self.programs
@@ -62,10 +47,46 @@ class Work:
 
     def instructions(self, architecture: str) -> float:
         """Of a warp in one program."""
-        assert self.item is not None
+        if self.item is None:
+            return 0.0
         step = 2 * math.prod(self.tile) / self.item.num_warps
         phases = tuple(count * step for count in self.steps)
         return instructions.issued(instructions.of_launch(self.item, architecture), phases)
+
+
+class Total(NamedTuple):
+    """Of some launches: seconds; then warp instructions a program on average, and a matrix step (0 without steps)."""
+
+    launches: int
+    bytes_seconds: float
+    operations_seconds: float
+    issue_seconds: float
+    roofline_seconds: float
+    floor_seconds: float
+    instructions: float
+    step_instructions: float
+
+
+def total(works: Sequence[Work], gpu: Gpu, architecture: str) -> Total:
+    """Compiles what was not compiled before; `architecture` is one of `ceilings.GPUS`."""
+    rooflines = [gpu.roofline(work.operations, work.moved) for work in works]
+    issues = [work.issue_seconds(gpu, architecture) for work in works]
+    programs = sum(work.programs for work in works)
+    instructions = sum(work.instructions(architecture) * work.programs for work in works)
+    steps = sum(sum(work.steps) * work.programs for work in works)
+    return Total(
+        len(works), sum(work.moved for work in works) / gpu.bytes_per_second,
+        sum(work.operations for work in works) / gpu.operations_per_second, sum(issues), sum(rooflines),
+        sum(map(max, rooflines, issues)), instructions / max(1, programs), instructions / steps if steps else 0.0,
+    )  # fmt: skip
+
+
+def by_kernel(works: Sequence[Work]) -> dict[tuple[str, tuple[int, int, int]], list[Work]]:
+    """The launches by family and tile."""
+    groups: dict[tuple[str, tuple[int, int, int]], list[Work]] = {}
+    for work in works:
+        groups.setdefault((work.family, work.tile), []).append(work)
+    return groups
 
 
 def overlap(plan: Plan, reader: int, start: int, channels: int) -> int:
@@ -78,11 +99,7 @@ def work_of(plan: Plan, kernel: Any, grid: tuple[int, ...], arguments: Arguments
     """Counts of one launch that a stage of this plan makes."""
     name = kernel.__name__.removesuffix("_kernel")
     count: Callable[[Plan, Arguments], Work] = COUNTS[name]
-    work = count(plan, arguments)
-    item = describe(kernel, arguments)
-    return Work(
-        work.family, work.operations, work.moved, math.prod(grid), work.tile, work.steps, item
-    )  # fmt: skip
+    return replace(count(plan, arguments), programs=math.prod(grid), item=describe(kernel, arguments))
 
 
 def _steps(channels: int, block: int) -> int:
@@ -168,6 +185,11 @@ def elementwise(_: Plan, a: Arguments) -> Work:
     return Work("elementwise", 0, len(tensors) * a["P"] * a["CHANNELS"] * tensors[0].element_size())
 
 
+def input_statistics(plan: Plan, a: Arguments) -> Work:
+    """Copied along the way."""
+    return replace(elementwise(plan, a), family="statistics")
+
+
 def pixel_table(_: Plan, a: Arguments) -> Work:
     return Work("elementwise", 0, 8 * a["P"])
 
@@ -177,7 +199,7 @@ COUNTS: dict[str, Callable[[Plan, Arguments], Work]] = {
     "transposed": transposed,
     "pull": pull,
     "weight_gradient": weight_gradient,
-    "input_statistics": elementwise,
+    "input_statistics": input_statistics,
     "activate": elementwise,
     "norm_gradient": elementwise,
     "pixel_table": pixel_table,
