@@ -34,10 +34,11 @@ KERNELS = (
     "convolution 1×1",
     "convolution 3×3",
     "convolution tail",
-    "data gradient 1×1",
-    "data gradient 3×3",
+    "pull 1×1",
+    "transposed 3×3",
     "weight gradient 1×1",
     "weight gradient 3×3",
+    "elementwise",
     "statistics",
 )
 

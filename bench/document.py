@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import bounds
 from bench.results import FOLDER, Row, load, timed
 from bench.tables import goals_table, losses, peers_table, ratio_table, times
 
@@ -118,7 +119,7 @@ def gpu() -> str:
 
 def whole(contents: Contents) -> str:
     """Every table of a results file."""
-    tables = (goals_table, ratio_table, peers_table, losses, missing)
+    tables = (goals_table, ratio_table, bounds.markdown, peers_table, losses, missing)
     return "\n".join(text for table in tables if (text := table(contents)))
 
 

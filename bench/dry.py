@@ -6,54 +6,64 @@ from collections.abc import Iterable, Sequence
 
 import seqconv_triton as sct
 from bench.cases import MODELS, Case
-from bench.ceilings import H200
 from bench.contenders import DTYPES
 from bench.predict import case_work
 from bench.report import milliseconds
-from bench.roofline import Work, families, predicted
+from bench.roofline import countable, families, predicted
+from seqconv_triton.tools.ceilings import GPUS, Gpu
+from seqconv_triton.tools.cost import Work
+
+COLUMNS = ("arithmetic", "bytes", "roofline", "issue", "floor")
 
 
-def case_lines(case: Case) -> Iterable[str]:
+def case_lines(case: Case, gpu: Gpu, architecture: str | None) -> Iterable[str]:
     """A line a part, and for whole models one a kernel family."""
-    for part, works in case_work(case).items():
-        yield line(case.name, part, works)
+    counted = architecture if architecture and countable(architecture, DTYPES[case.dtype]) else None
+    for part, works in case_work(case, architecture or "sm_90").items():
+        yield line(case.name, part, works, gpu, counted)
         if case.subject in sct.list_models():
-            for family, found in families(works):
-                yield line("", family, found)
+            for family, own in families(works):
+                yield line("", family, own, gpu, counted)
 
 
-def line(name: str, part: str, works: list[Work]) -> str:
-    p = predicted(works, H200)
-    times = "".join(f"{milliseconds(p[f'{what}_seconds']):>10} ms" for what in ("arithmetic", "bytes", "roofline"))
-    return f"{name:<76}{part:<22}{len(works):>9}{times}  not measured"
+def line(name: str, part: str, works: list[Work], gpu: Gpu, architecture: str | None) -> str:
+    seconds = predicted(works, gpu, architecture)
+    times = [f"{milliseconds(seconds[key])} ms" if (key := f"{what}_seconds") in seconds else "" for what in COLUMNS]
+    return f"{name:<76}{part:<22}{len(works):>9}{''.join(f'{time:>13}' for time in times)}  not measured"
 
 
 def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
     """Print every case's prediction; with an architecture compile every distinct kernel of the models, or fail.
 
-    Returns 1 if a kernel spills or does not fit the GPU's shared memory, else 0.
+    Its machine code then adds the issue slots' time. Returns 1 if a kernel spills or does not fit the GPU's shared
+    memory, else 0.
     """
-    print(
-        f"ceilings assumed: copy {H200.bytes_per_second / 1e12:g} TB/s, bfloat16 matrix product "
-        f"{H200.operations_per_second / 1e12:g} TFLOP/s (an H200, measured once); stages only, no stem, no classifier"
-    )
-    print(f"{'case':<76}{'part':<22}{'launches':>9}{'arithmetic':>13}{'bytes':>13}{'roofline':>13}  measured")
+    if architecture is not None:
+        known(architecture)
+    gpu = GPUS.get(architecture or "sm_90", GPUS["sm_90"])
+    print(f"ceilings assumed: {gpu}; stages only, no stem, no classifier")
+    print(f"{'case':<76}{'part':<22}{'launches':>9}{''.join(f'{what:>13}' for what in COLUMNS)}  measured")
     seen: set[tuple[object, ...]] = set()
     for case in cases:
         key = (case.subject, case.training, case.batch, case.dtype)
         if key not in seen:
             seen.add(key)
-            for text in case_lines(case):
+            for text in case_lines(case, gpu, architecture):
                 print(text, flush=True)
     return compile_all({case.subject for case in cases}, architecture) if architecture else 0
 
 
-def compile_all(subjects: set[str], architecture: str) -> int:
-    """Ahead-of-time compilation of every kernel of the models among the subjects, in bfloat16."""
-    from seqconv_triton.tools.ahead import SHARED_LIMIT, TARGETS, compile_launch, launches
+def known(architecture: str) -> None:
+    from seqconv_triton.tools.ahead import TARGETS
 
     if architecture not in TARGETS:
         raise SystemExit(f"unknown architecture {architecture!r} (known: {', '.join(TARGETS)})")
+
+
+def compile_all(subjects: set[str], architecture: str) -> int:
+    """Ahead-of-time compilation of every kernel of the models among the subjects, in bfloat16."""
+    from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
+
     bad = 0
     for name in MODELS:
         if name not in subjects:

@@ -147,7 +147,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=8.7, help="of all together (default: 8.7)")
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu.json", help="results file")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: launches and rooflines of every GPU case")
-    parser.add_argument("--compile", metavar="ARCH", help="dry run: also compile every kernel for sm_90, gfx942, …")
+    parser.add_argument(
+        "--compile",
+        metavar="ARCH",
+        help="dry run: also compile every kernel for sm_90, gfx942, …, and count instructions",
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--warm", metavar="NAME", help=argparse.SUPPRESS)
 
@@ -177,11 +181,12 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
 
 
 def conclude(output: Path) -> int:
-    """Goals and plots; 1 if a test failed or a result was wrong."""
+    """The kernels' times against what was counted, goals and plots; 1 if a test failed or a result was wrong."""
+    from bench.bounds import text
     from bench.goals import goals
 
     results = Results.reopen(output)
-    print("\n" + goals(results.contents))
+    print("", text(results.contents), goals(results.contents), sep="\n")
     print(f"written: {output}")
     try:
         from bench.plots import draw

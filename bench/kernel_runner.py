@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from bench import kernels
 from bench.cases import Case
@@ -19,19 +18,23 @@ def setting(case: Case, device: torch.device) -> Setting:
     """Both contenders in this process, compared with PyTorch's ops in float32."""
     dtype = DTYPES[case.dtype]
     kernel = kernels.make(case.subject, case.batch, case.image, dtype, device)
-    functions: dict[str, Callable[[], Tensor]] = {"torch plain": lambda: kernel.torch(dtype), "ours plain": kernel.ours}
+    functions: dict[str, Callable[[], kernels.Results]] = {
+        "torch plain": lambda: kernel.torch(dtype),
+        "ours plain": kernel.ours,
+    }
 
     def start(label: str, _: int) -> Local:
-        results: dict[str, Tensor] = {}
+        results: kernels.Results = {}
 
         def run(mark: Mark) -> None:
-            results["output"] = functions[label]()
+            results.update(functions[label]())
             mark("eval")
 
         return Local(Contender(label, run, results=results), case, device)
 
     def expected(_: str) -> Expected:
         exact = kernel.torch(torch.float32)
-        return Expected({"output": exact}, {"output": relative_error(kernel.torch(dtype), exact)})
+        plain = kernel.torch(dtype)
+        return Expected(exact, {name: relative_error(plain[name], value) for name, value in exact.items()})
 
     return Setting(start, expected)

@@ -1,4 +1,8 @@
-"""Each Triton kernel alone, at the shapes of a model's stage, beside the same operation in PyTorch's own ops."""
+"""Each Triton kernel alone, at the shapes of a model's stage, beside the same operation in PyTorch's own ops.
+
+Forward kernels run as an evaluation launches them, with the BN behind in their epilogue, backward ones as a training
+step does, with the sums of the BN in front.
+"""
 
 from __future__ import annotations
 
@@ -7,209 +11,201 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from seqconv_triton.kernels.data_gradient import data_gradient
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from bench.operands import Operands, part, rows
 from bench.subjects import stage_of
-from seqconv_triton.backend.triton.parts import Geometry
+from seqconv_triton.backend.triton.parts import in_blocks, mirrored, packed, taps_first
 from seqconv_triton.kernels.convolution import convolution
-from seqconv_triton.kernels.launch import FORWARD_ROWS, MEAN, VAR, Features, Scratch
+from seqconv_triton.kernels.elementwise import activate
+from seqconv_triton.kernels.launch import BatchNorm, NormGradient
+from seqconv_triton.kernels.pull import NewestGradient, pull
 from seqconv_triton.kernels.statistics import input_statistics
-from seqconv_triton.kernels.weight_gradient import weight_gradient
-from seqconv_triton.plan import Plan
+from seqconv_triton.kernels.transposed import transposed
+from seqconv_triton.kernels.weight_gradient import conv_gradient, pixel_table, window_gradient
 
 EPS = 1e-5
+Results = dict[str, Tensor]
 
 
 @dataclass
 class Kernel:
-    """`ours` launches the kernel, `torch` computes the same from the same operands; both return the result."""
+    """`ours` launches the kernel, `torch` computes the same from the same operands in a precision."""
 
-    ours: Callable[[], Tensor]
-    torch: Callable[[torch.dtype], Tensor]
-
-
-class Operands:
-    """Random features, weights and gradients of a stage, and its group in the middle."""
-
-    def __init__(self, plan: Plan, batch: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        torch.manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device)
-
-        self.plan, self.dtype, self.batch, self.size = plan, dtype, batch, size
-        k, count, pixels = plan.group_width, len(plan.groups), batch * size * size
-        self.j = count // 2
-        self.group = plan.groups[self.j]
-        self.width = plan.in_channels
-        self.raw = normal(pixels, plan.total_channels).to(dtype)
-        self.scale, self.shift = 1 + 0.1 * normal(plan.total_channels), 0.1 * normal(plan.total_channels)
-        self.z = normal(count, pixels, k).to(dtype)
-        self.inner_scale, self.inner_shift = 1 + 0.1 * normal(count * k), 0.1 * normal(count * k)
-        self.dz, self.dy = normal(count, pixels, k).to(dtype), normal(count, pixels, k).to(dtype)
-        self.reduce = (normal(count * k, self.width) / self.width**0.5).to(dtype)
-        inside = k // plan.subgroups
-        self.transform = (normal(count * k, inside, 3, 3) / (9 * inside) ** 0.5).to(dtype)
-        shape = plan.tail_weight_shape
-        self.tail = None if shape is None else (normal(*shape) / (shape[1] * shape[2] ** 2) ** 0.5).to(dtype)
-        self.geometry = Geometry(plan, torch.empty(batch, 1, size, size, device=device))
-        self.tables = self.geometry.tables
-        self.taps_first = self.transform.permute(0, 2, 3, 1).contiguous()
-
-    def window(self, j: int, dtype: torch.dtype) -> Tensor:
-        """The activated window [P, C] of a group."""
-        columns = slice(self.plan.groups[j].window_start, self.plan.groups[j].window_start + self.width)
-        value = self.raw[:, columns].to(dtype) * self.scale[columns].to(dtype) + self.shift[columns].to(dtype)
-        return value.relu()
-
-    def inner(self, j: int, dtype: torch.dtype) -> Tensor:
-        """The activated z [P, k] of a group."""
-        own = self.own(j)
-        return (self.z[j].to(dtype) * self.inner_scale[own].to(dtype) + self.inner_shift[own].to(dtype)).relu()
-
-    def own(self, j: int) -> slice:
-        return slice(j * self.plan.group_width, (j + 1) * self.plan.group_width)
-
-    def images(self, rows: Tensor) -> Tensor:
-        """[P, C] as [N, C, H, W], channels-last."""
-        return rows.view(self.batch, self.size, self.size, -1).permute(0, 3, 1, 2)
-
-    def source(self) -> Features:
-        return Features(self.raw, self.scale, self.shift)
+    ours: Callable[[], Results]
+    torch: Callable[[torch.dtype], Results]
 
 
-def rows(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1).flatten(0, 2)
+def vectors(norm: BatchNorm, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Weight, bias, mean and variance, in no less than float32, as in PyTorch's BNs."""
+    return tuple(vector.to(torch.promote_types(dtype, torch.float32)) for vector in norm if vector is not None)
+
+
+def relu_of(x: Tensor, norm: BatchNorm) -> Tensor:
+    """relu(BN(x)) of [P, C] or of images."""
+    weight, bias, mean, var = vectors(norm, x.dtype)
+    return F.batch_norm(x, mean, var, weight, bias, eps=EPS).relu_()
+
+
+def behind_relu(g: Tensor, raw: Tensor, norm: BatchNorm) -> Results:
+    """g [P, C] through the ReLU of a BN, and that BN's gradients."""
+    weight, bias, mean, var = vectors(norm, g.dtype)
+    scale = weight * (var + EPS).rsqrt()
+    g = torch.where(raw * scale.to(g.dtype) > (scale * mean - bias).to(g.dtype), g, 0)
+    x = (raw - mean.to(g.dtype)) * (var + EPS).rsqrt().to(g.dtype)
+    return {"g": g, "weight": (g * x).sum(0, dtype=weight.dtype), "bias": g.sum(0, dtype=weight.dtype)}
 
 
 def reduce_forward(o: Operands) -> Kernel:
-    out = o.raw.new_empty((len(o.raw), o.plan.group_width))
-    weight = o.reduce[o.own(o.j)]
+    z, weight, norm = o.normal(o.pixels, o.k), o.reduce[o.own(o.j)], part(o.inner, o.own(o.j))
+    x, start, shape = o.activated, o.plan.groups[o.j].window_start, o.geometry.windows[o.j]
 
-    def ours() -> Tensor:
-        convolution(o.source(), o.group.window_start, weight, o.geometry.windows[o.j], out)
-        return out
+    def ours() -> Results:
+        convolution(x, start, weight, shape, activated=z, norm=norm, eps=EPS)
+        return {"z": z}
 
-    return Kernel(ours, lambda dtype: o.window(o.j, dtype) @ weight.to(dtype).t())
+    return Kernel(ours, lambda dtype: {"z": relu_of(x[:, o.window(o.j)].to(dtype) @ weight.to(dtype).t(), norm)})
 
 
 def transform_forward(o: Operands) -> Kernel:
-    own = o.own(o.j)
-    source = Features(o.z[o.j], o.inner_scale[own], o.inner_shift[own])
-    out = torch.empty_like(o.raw)[:, : o.plan.group_width]  # a slot of the buffer: rows as far apart as there
+    z, weight, norm = o.normal(o.pixels, o.k).relu_(), o.transform[o.own(o.j)], part(o.main, o.slot(o.j, o.identity))
+    ready, y = taps_first(in_blocks(weight, o.geometry.inside)), o.raw[:, o.slot(o.j)]
 
-    def ours() -> Tensor:
-        convolution(source, 0, o.taps_first[own], o.geometry.inside, out)
-        return out
+    def ours() -> Results:
+        convolution(z, 0, ready, o.inside, activated=y, norm=norm, eps=EPS)
+        return {"y": y}
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        images = o.images(o.inner(o.j, dtype))
-        return rows(F.conv2d(images, o.transform[own].to(dtype), padding=1, groups=o.plan.subgroups))
+    def plain(dtype: torch.dtype) -> Results:
+        y = F.conv2d(o.images(z.to(dtype)), weight.to(dtype), padding=1, groups=o.plan.subgroups)
+        return {"y": rows(relu_of(y, norm))}
 
     return Kernel(ours, plain)
 
 
 def tail_forward(o: Operands) -> Kernel:
-    tail, shape = o.plan.tail, o.geometry.tail
-    assert tail is not None and shape is not None and o.tail is not None and tail.repeats == 1
-    weight, first = o.tail, o.plan.total_channels - o.plan.read_channels
-    taps_first = weight.permute(0, 2, 3, 1).contiguous()
-    out = o.raw.new_empty((shape.out_pixels, shape.c_out))
+    (weight, shape), tail, first = o.tail, o.plan.tail, o.plan.total_channels - o.plan.read_channels
+    assert tail is not None and tail.repeats == 1
+    ready, x, out = taps_first(in_blocks(weight, shape)), o.activated, o.normal(shape.out_pixels, shape.c_out)
 
-    def ours() -> Tensor:
-        convolution(o.source(), first, taps_first, shape, out)
-        return out
+    def ours() -> Results:
+        convolution(x[:, first:], 0, ready, packed(shape), raw=out)
+        return {"out": out}
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        read = (o.raw[:, first:].to(dtype) * o.scale[first:].to(dtype) + o.shift[first:].to(dtype)).relu()
-        images, padding = o.images(read), tail.kernel_size // 2
-        return rows(F.conv2d(images, weight.to(dtype), stride=tail.stride, padding=padding, groups=tail.groups))
+    def plain(dtype: torch.dtype) -> Results:
+        images, padding = o.images(x[:, first:].to(dtype)), tail.kernel_size // 2
+        return {"out": rows(F.conv2d(images, weight.to(dtype), None, tail.stride, padding, 1, tail.groups))}
 
     return Kernel(ours, plain)
 
 
-def reduce_backward(o: Operands) -> Kernel:
-    """The gradient of one group's output, pulled from all groups that read it."""
-    k, c = o.plan.group_width, o.plan.slot(o.j)
-    span = o.plan.readers[o.j + 1]
-    out = o.raw.new_empty((len(o.raw), k))
+def pull_backward(o: Operands) -> Kernel:
+    (first, last), windows, start = o.plan.readers[o.j + 1], o.geometry.readers(), o.plan.slot(o.j)
+    raw, norm, upstream = o.raw[:, o.slot(o.j)], part(o.main, o.slot(o.j, o.identity)), o.normal(o.pixels, o.k)
+    coefficients = 1 + 0.1 * torch.randn(3, o.k, device=o.device)
+    newest = NewestGradient(upstream, o.z[first], coefficients)
+    g, into, scratch = o.normal(o.pixels, o.k), gradient(o), o.scratch()
 
-    def ours() -> Tensor:
-        data_gradient(o.dz, o.reduce, o.geometry.windows[0], o.tables[0], span, c, k, out, EPS, windows=True)
-        return out
+    def ours() -> Results:
+        pull(
+            o.dz, o.reduce, windows, (first, last), start, g, newest=newest, raw=raw, norm=norm, into=into,
+            scratch=scratch, eps=EPS,
+        )  # fmt: skip
+        return results(g, into)
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        total = torch.zeros_like(out, dtype=dtype)
-        for i in range(*span):
-            column = c - o.plan.groups[i].window_start
-            total += o.dz[i].to(dtype) @ o.reduce[o.own(i), column : column + k].to(dtype)
-        return total
+    def plain(dtype: torch.dtype) -> Results:
+        a, b, c = coefficients.to(dtype)
+        dz = [a * upstream.to(dtype) + b * o.z[first].to(dtype) + c, *o.dz[first + 1 : last].to(dtype)]
+        places = [start - group.window_start for group in o.plan.groups[first:last]]
+        weights = [o.reduce[o.own(i), at : at + o.k] for i, at in zip(range(first, last), places, strict=True)]
+        return behind_relu(torch.cat(dz, 1) @ torch.cat(weights).to(dtype), raw.to(dtype), norm)
 
     return Kernel(ours, plain)
+
+
+def gradient(o: Operands) -> NormGradient:
+    """Where a group's BN leaves its gradients."""
+    return NormGradient(o.vector(o.k), o.vector(o.k), o.vector(3, o.k))
+
+
+def results(g: Tensor, into: NormGradient) -> Results:
+    assert into.weight is not None and into.bias is not None
+    return {"g": g, "weight": into.weight, "bias": into.bias}
 
 
 def transform_backward(o: Operands) -> Kernel:
-    k = o.plan.group_width
-    out = o.raw.new_empty((len(o.raw), k))
+    weight, raw, norm = o.transform[o.own(o.j)], o.z[o.j], part(o.inner, o.own(o.j))
+    ready = mirrored(in_blocks(weight, o.geometry.inside), o.inside.group_out)
+    g, into, scratch = o.normal(o.pixels, o.k), gradient(o), o.scratch()
 
-    def ours() -> Tensor:
-        data_gradient(
-            o.dy, o.taps_first, o.geometry.inside, o.tables[1], (o.j, o.j + 1), 0, k, out, EPS, windows=False
-        )  # fmt: skip
-        return out
+    def ours() -> Results:
+        transposed(o.dy[o.j], ready, o.inside, g, raw=raw, norm=norm, into=into, scratch=scratch, eps=EPS)
+        return results(g, into)
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        images, weight = o.images(o.dy[o.j].to(dtype)), o.transform[o.own(o.j)].to(dtype)
-        return rows(F.conv_transpose2d(images, weight, padding=1, groups=o.plan.subgroups))
+    def plain(dtype: torch.dtype) -> Results:
+        images = o.images(o.dy[o.j].to(dtype))
+        g = F.conv_transpose2d(images, weight.to(dtype), padding=1, groups=o.plan.subgroups)
+        return behind_relu(rows(g), raw.to(dtype), norm)
 
     return Kernel(ours, plain)
 
 
 def reduce_weights(o: Operands) -> Kernel:
-    def ours() -> Tensor:
-        shape = o.geometry.windows[0]
-        return weight_gradient(o.dz, o.source(), shape, o.tables[0], o.width, True, o.reduce.numel()).view_as(o.reduce)
+    windows = o.geometry.readers()
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        return torch.cat([o.dz[j].to(dtype).t() @ o.window(j, dtype) for j in range(len(o.plan.groups))])
+    def ours() -> Results:
+        size = o.reduce.numel()
+        flat = window_gradient(o.dz, o.raw, windows, size, norm=o.main, identity=o.identity, bits=None, eps=EPS)
+        return {"gradient": flat.view_as(o.reduce)}
+
+    def plain(dtype: torch.dtype) -> Results:
+        x = o.raw.to(dtype)
+        x = torch.cat([x[:, : o.identity], relu_of(x[:, o.identity :], o.main)], 1)
+        return {"gradient": torch.cat([o.dz[j].to(dtype).t() @ x[:, o.window(j)] for j in range(o.count)])}
 
     return Kernel(ours, plain)
 
 
 def transform_weights(o: Operands) -> Kernel:
-    source = Features(o.z, o.inner_scale, o.inner_shift)
+    table, shape = pixel_table(o.geometry.inside, o.dy), (o.k, *o.transform.shape[1:])
 
-    def ours() -> Tensor:
-        flat = weight_gradient(
-            o.dy, source, o.geometry.inside, o.tables[1], o.plan.group_width, False, o.transform.numel(),
-            own_source=True,
-        )  # fmt: skip
-        return flat.view(o.taps_first.shape).permute(0, 3, 1, 2)
+    def ours() -> Results:
+        size = o.transform.numel()
+        flat = conv_gradient(o.dy, o.z, o.geometry.inside, size, norm=o.inner, table=table, eps=EPS)
+        return {"gradient": flat.view_as(o.transform)}
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        found = []
-        for j in range(len(o.plan.groups)):
-            images, above = o.images(o.inner(j, dtype)), o.images(o.dy[j].to(dtype))
-            shape = (o.plan.group_width, *o.transform.shape[1:])
-            found.append(conv2d_weight(images, shape, above, padding=1, groups=o.plan.subgroups))
-        return torch.cat(found)
+    def plain(dtype: torch.dtype) -> Results:
+        gradients = []
+        for j in range(o.count):
+            z = relu_of(o.images(o.z[j].to(dtype)), part(o.inner, o.own(j)))
+            dy = o.images(o.dy[j].to(dtype))
+            gradients.append(conv2d_weight(z, shape, dy, padding=1, groups=o.plan.subgroups))
+        return {"gradient": torch.cat(gradients)}
 
     return Kernel(ours, plain)
 
 
+def activation(o: Operands) -> Kernel:
+    z, norm, out = o.z[o.j], part(o.inner, o.own(o.j)), o.normal(o.pixels, o.k)
+
+    def ours() -> Results:
+        activate(z, out, norm, EPS)
+        return {"activated": out}
+
+    return Kernel(ours, lambda dtype: {"activated": relu_of(z.to(dtype), norm)})
+
+
 def statistics(o: Operands) -> Kernel:
-    norm = torch.zeros((FORWARD_ROWS, o.plan.total_channels), device=o.raw.device)
-    scratch = Scratch.allocate(o.raw, len(o.raw), o.width)
+    channels, scratch = o.plan.in_channels, o.scratch()
+    x, copy, mean, var = o.normal(o.pixels, channels), o.raw[:, :channels], o.vector(channels), o.vector(channels)
 
-    def ours() -> Tensor:
-        input_statistics(o.raw[:, : o.width], norm[:, : o.width], scratch, EPS)
-        return norm[MEAN : VAR + 1, : o.width]
+    def ours() -> Results:
+        input_statistics(x, copy, BatchNorm(None, None, mean, var), scratch)
+        return {"copy": copy, "mean": mean, "variance": var}
 
-    def plain(dtype: torch.dtype) -> Tensor:
-        var, mean = torch.var_mean(o.raw[:, : o.width].to(dtype), 0, correction=0)
-        return torch.stack([mean, var])
+    def plain(dtype: torch.dtype) -> Results:
+        var, mean = torch.var_mean(x.to(dtype), 0, correction=0)
+        return {"copy": x.to(dtype, copy=True), "mean": mean, "variance": var}
 
     return Kernel(ours, plain)
 
@@ -218,10 +214,11 @@ FAMILIES: dict[str, Callable[[Operands], Kernel]] = {
     "convolution 1×1": reduce_forward,
     "convolution 3×3": transform_forward,
     "convolution tail": tail_forward,
-    "data gradient 1×1": reduce_backward,
-    "data gradient 3×3": transform_backward,
+    "pull 1×1": pull_backward,
+    "transposed 3×3": transform_backward,
     "weight gradient 1×1": reduce_weights,
     "weight gradient 3×3": transform_weights,
+    "elementwise": activation,
     "statistics": statistics,
 }
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import seqconv_triton as sct
 from bench.results import Results, provenance
 from seqconv_triton.kernels import launch
 from seqconv_triton.nn.layers import PackedSeqConv
-from seqconv_triton.tools.ahead import stage_passes
+from seqconv_triton.tools.ahead import stage_inputs, stage_passes
 
 MODELS = ("seqresnet_b22", "seqresnet_b42", "seqresnext_24")
 ROUNDS = 7
@@ -28,17 +27,9 @@ ROUNDS = 7
 def passes(name: str, training: bool) -> list[list[Any]]:
     """The stages' forward passes and, in training, their backward passes."""
     model = sct.create_model(name, device="meta")
-    found: list[list[Any]] = []
-
-    def note(stage: PackedSeqConv, inputs: tuple[Tensor, ...], _: Any) -> None:
-        found.append(stage_passes(stage, inputs[0].bfloat16(), training))
-
-    for module in model.modules():
-        if isinstance(module, PackedSeqConv):
-            module.register_forward_hook(note)
-    with torch.no_grad():
-        model(torch.empty(8, 3, 224, 224, device="meta"))
-    return [list(column) for column in zip(*found, strict=True)]
+    inputs = stage_inputs(model, (8, 3, 224, 224))
+    runs = [stage_passes(stage, torch.empty(size, device="meta").bfloat16(), training) for stage, size in inputs]
+    return [list(column) for column in zip(*runs, strict=True)]
 
 
 def measure(runs: list[Any]) -> tuple[int, float]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.results import Row
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
-MARKERS = "os^vDPX*"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442", "#999999")
+MARKERS = "os^vDPX*<"
 OURS, REFERENCE = ("#0072b2", "o"), ("#d55e00", "s")
 
 
@@ -58,7 +58,7 @@ def roofline(contents: dict[str, Any]) -> Callable[[list[Row], Any], bool]:
             axes.plot(
                 [row["operations"] / row["moved_bytes"] for row in own],
                 [row["operations"] / row["median"] / unit for row in own],
-                linestyle="", marker=MARKERS[number % 8], color=COLOURS[number % 8], label=kind, alpha=0.85,
+                linestyle="", marker=MARKERS[number % 9], color=COLOURS[number % 9], label=kind, alpha=0.85,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", title="Ours against the roofline")
         axes.set(xlabel="operations per byte, every operand once a launch", ylabel=f"operations per second ({name})")

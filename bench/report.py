@@ -13,7 +13,7 @@ from bench.results import Row
 
 HEADER = (
     f"{'part':<9}{'contender':<26}{'median':>10}{'[quartiles]':>20}{'speed':>8}{'images/s':>10}{'peak':>10}"
-    f"{'kept/image':>12}{'roofline':>10}"
+    f"{'kept/image':>12}{'roofline':>10}{'floor':>7}"
 )
 BASE = "reference eager"
 
@@ -45,12 +45,14 @@ def line(row: Row, base: Row | None) -> str:
             return f"{start}{reason.replace('_', ' ')}: {row[reason]}"
     quartiles = f"[{milliseconds(row['lower'])}, {milliseconds(row['upper'])}]"
     ratio = speed(row, base)
-    share = f"{row['roofline_seconds'] / row['median']:.0%}" if "roofline_seconds" in row else ""
+    shares = [
+        f"{row[name] / row['median']:.0%}" if name in row else "" for name in ("roofline_seconds", "floor_seconds")
+    ]  # fmt: skip
     text = (
         f"{start}{milliseconds(row['median']):>7} ms{quartiles:>20}{'' if ratio is None else f'{ratio:.2f} ×':>8}"
         f"{row['batch'] / row['median']:>10.4g}{mebibytes(row.get('peak_bytes')):>10}"
         f"{mebibytes(row.get('kept_bytes', 0) / row['batch']):>12}"
-        f"{share:>10}"
+        f"{shares[0]:>10}{shares[1]:>7}"
     )
     if "compile_seconds" in row:
         text += f"  compiled in {row['compile_seconds']:.0f} s, {row['caches']}"
@@ -107,4 +109,7 @@ def heading(contents: dict[str, Any]) -> str:
             f"\nmeasured ceilings: copy {found['bytes_per_second'] / 1e9:.4g} GB/s, matrix product "
             f"{found['operations_per_second'] / 1e9:.4g} GFLOP/s"
         )
-    return text + "\nspeed: times as fast as the eager concatenating reference; roofline: share of the ceilings' speed"
+    return text + (
+        "\nspeed: times as fast as the eager concatenating reference; roofline: share of the ceilings' speed; "
+        "floor: the same with the GPU's issue slots"
+    )

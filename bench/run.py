@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -84,7 +85,10 @@ def measure(
     if device.type == "cuda":  # the same arithmetic for everyone
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    results.set(ceilings=ceilings.measure(device, dtype)._asdict() | {"dtype": str(dtype).removeprefix("torch.")})
+    limits = asdict(ceilings.measure(device, dtype)) | {"dtype": str(dtype).removeprefix("torch.")}
+    if device.type == "cuda":
+        limits["launch_seconds"] = ceilings.launch_seconds(device)
+    results.set(ceilings=limits)
     report.say(report.heading(results.contents))
     deadline = None if minutes is None else start + 60 * minutes
 

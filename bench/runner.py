@@ -11,12 +11,13 @@ import torch
 
 from bench import check, peers, subjects
 from bench.cases import Case
-from bench.ceilings import Ceilings
+from bench.ceilings import restored
 from bench.contenders import Build, build, compiled
 from bench.participants import Local, Participant, Setting, reason
 from bench.results import Results, Row
 from bench.timing import Timing, interleave
 from bench.workers import Task, Worker
+from seqconv_triton.tools.ceilings import Ceilings
 
 POISONED = 3  # exit status after an error that no later launch of this process can survive
 NO_TIME = "no time left"
@@ -128,7 +129,7 @@ def run_case(
     `isolated`, on a CPU, gives every contender processes of its own, among which the rounds are divided;
     `make_contender` is then pickled.
     """
-    work = counted(case) if ceilings is not None else {}
+    work = counted(case, device) if ceilings is not None else {}
     timings: dict[str, dict[str, Timing]] = {}
     rows = []
     with Field(case, device, setting(case, device, make_contender, cold, isolated)) as field:
@@ -152,7 +153,7 @@ def run_case(
                 row = facts | {"part": part}
                 if part not in ("eval", "step"):
                     row = {k: v for k, v in row.items() if k not in ("compile_seconds", "peak_bytes", "kept_bytes")}
-                rows.append(row | figures(timing) | roofline_of(label, part, work, ceilings))
+                rows.append(row | figures(timing) | prediction(label, part, work, ceilings, case, device))
     refused = field.refused
     del field
     release(device)
@@ -164,28 +165,47 @@ def figures(timing: Timing) -> Row:
     return {"seconds": timing.seconds, "median": timing.median, "lower": lower, "upper": upper}
 
 
-def counted(case: Case) -> dict[str, Any]:
-    """The Triton backend's launches by part, for the roofline; empty where Triton is not installed."""
+def counted(case: Case, device: torch.device) -> dict[str, Any]:
+    """The Triton backend's launches by part; empty where Triton is not installed."""
     try:
         from bench.predict import case_work
+        from seqconv_triton.kernels.configs import architecture
     except ImportError:
         return {}
-    return case_work(case)
+    return case_work(case, architecture(device))
 
 
-def roofline_of(label: str, part: str, work: dict[str, Any], ceilings: Ceilings | None) -> Row:
-    """Counted operations, bytes and launches beside ours; a step's are those of forward and backward together."""
+def prediction(
+    label: str, part: str, work: dict[str, Any], ceilings: Ceilings | None, case: Case, device: torch.device
+) -> Row:
+    """Counted operations, bytes and launches beside ours; a step's are those of forward and backward together.
+
+    On a GPU also the time of the issue slots and the floor, of all launches and by kernel family.
+    """
     if ceilings is None or not work or not label.startswith("ours"):
         return {}
-    from bench.roofline import predicted
+    from bench.contenders import DTYPES
+    from bench.roofline import countable, families, predicted
+    from seqconv_triton.kernels.configs import architecture
 
-    found = [w for name, items in work.items() if part in (name, "step") for w in items]
-    return {
-        "operations": sum(w.operations for w in found),
-        "moved_bytes": sum(w.moved for w in found),
-        "triton_launches": len(found),
-        "roofline_seconds": predicted(found, ceilings)["roofline_seconds"],
+    works = [w for name, items in work.items() if part in (name, "step") for w in items]
+    row: Row = {
+        "operations": sum(w.operations for w in works),
+        "moved_bytes": sum(w.moved for w in works),
+        "triton_launches": len(works),
+        "roofline_seconds": predicted(works, ceilings)["roofline_seconds"],
     }
+    name = architecture(device).partition(":")[0]
+    if device.type != "cuda" or not countable(name, DTYPES[case.dtype]):
+        return row
+    try:
+        whole = predicted(works, ceilings, name)
+        by_family = {
+            family: {"launches": len(own)} | predicted(own, ceilings, name) for family, own in families(works)
+        }  # fmt: skip
+    except Exception as error:  # a time must not be lost for want of a count
+        return row | {"not_counted": reason(error)}
+    return row | {key: whole[key] for key in ("issue_seconds", "floor_seconds")} | {"families": by_family}
 
 
 def release(device: torch.device) -> None:
@@ -212,8 +232,7 @@ def run_cases(
 
     Cases whose rows are in the results already, by number, are left out. Raises Poisoned, its case's rows saved.
     """
-    found = results.contents.get("ceilings")
-    ceilings = None if found is None else Ceilings(found["bytes_per_second"], found["operations_per_second"])
+    ceilings = restored(results.contents.get("ceilings"))
     through = {row["case"] for row in results.contents["rows"] if "case" in row}
     for number, case in enumerate(cases):
         if number in through:

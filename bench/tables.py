@@ -63,6 +63,8 @@ def ratio_table(contents: Contents) -> str:
             sides = [mebibytes(row.get(field, 0) / divisor) for row in (base, ours) if row is not None]
             pairs.append(" → ".join(side for side in sides if side))
         share = f"{ours['roofline_seconds'] / ours['median']:.0%}" if "roofline_seconds" in ours else ""
+        if "floor_seconds" in ours:
+            share += f"; floor {ours['floor_seconds'] / ours['median']:.0%}"
         lines.append(
             f"| {subject}, {part} | {batch} | {times(rows, who, 'ours')} | {times(rows, 'ours', who)} | "
             f"{'' if ratio is None else f'{ratio:.2f} ×'} | {pairs[0]} | {pairs[1]} | {share} |"

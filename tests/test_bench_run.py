@@ -10,7 +10,7 @@ import pytest
 
 from bench import ceilings, report, run, runner
 from bench.__main__ import main
-from bench.ceilings import Ceilings
+from seqconv_triton.tools.ceilings import Ceilings
 
 
 @pytest.fixture

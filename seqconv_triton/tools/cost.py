@@ -69,15 +69,16 @@ class Total(NamedTuple):
 
 def total(works: Sequence[Work], gpu: Gpu, architecture: str) -> Total:
     """Compiles what was not compiled before; `architecture` is one of `ceilings.GPUS`."""
+    instructions.prepare((work.item for work in works if work.item is not None), architecture)
     rooflines = [gpu.roofline(work.operations, work.moved) for work in works]
     issues = [work.issue_seconds(gpu, architecture) for work in works]
     programs = sum(work.programs for work in works)
-    instructions = sum(work.instructions(architecture) * work.programs for work in works)
+    issued = sum(work.instructions(architecture) * work.programs for work in works)
     steps = sum(sum(work.steps) * work.programs for work in works)
     return Total(
         len(works), sum(work.moved for work in works) / gpu.bytes_per_second,
         sum(work.operations for work in works) / gpu.operations_per_second, sum(issues), sum(rooflines),
-        sum(map(max, rooflines, issues)), instructions / max(1, programs), instructions / steps if steps else 0.0,
+        sum(map(max, rooflines, issues)), issued / max(1, programs), issued / steps if steps else 0.0,
     )  # fmt: skip
 
 
@@ -96,10 +97,11 @@ def overlap(plan: Plan, reader: int, start: int, channels: int) -> int:
 
 
 def work_of(plan: Plan, kernel: Any, grid: tuple[int, ...], arguments: Arguments) -> Work:
-    """Counts of one launch that a stage of this plan makes."""
+    """Counts of one launch that a stage of this plan makes; nothing can be compiled of what is interpreted."""
     name = kernel.__name__.removesuffix("_kernel")
     count: Callable[[Plan, Arguments], Work] = COUNTS[name]
-    return replace(count(plan, arguments), programs=math.prod(grid), item=describe(kernel, arguments))
+    item = None if launch.INTERPRETED else describe(kernel, arguments)
+    return replace(count(plan, arguments), programs=math.prod(grid), item=item)
 
 
 def _steps(channels: int, block: int) -> int:
@@ -158,7 +160,7 @@ def pull(plan: Plan, a: Arguments) -> Work:
     read = (last - first + 2 * newest) * rows * a["P"]
     written = a["C"] * a["P"] * (1 + (a["upstream_ptr"] is not None) + (a["raw_ptr"] is not None))
     steps = _steps(rows, a["BLOCK_K"])
-    phases = ((steps,) if newest else ()) + (((last - first - newest) * steps * area,) if last - first > newest else ())
+    phases = (*([steps] if newest else []), (last - first - newest) * steps * area)
     kind = "1×1" if area == 1 else "3×3"
     return Work(f"pull {kind}", 2 * a["P"] * weights, (read + weights + written) * size, tile=_tile(a), steps=phases)
 

@@ -106,8 +106,8 @@ def peer_lines(mode: str, batch: int, gpu: Gpu, element_size: int, size: int) ->
     return [
         *lines,
         "floor: the sum over launches of the largest of bytes, FLOPs and issue time; roofline: of the first two.",
-        "Ours: the stages, without stem, classifier and PyTorch's own small ops. ResNets: the roofline, issue slots not",
-        "counted. A conv reads input and weight and writes its output once; BN-ReLU(-add) is one pass in evaluation; in",
-        "training statistics read once, normalising reads and writes, BN's backward is two passes over three tensors",
-        "each, a conv's backward two convs.",
+        "Ours: the stages, without stem, classifier and PyTorch's own small ops. ResNets: their roofline as a floor,",
+        "no issue slots counted. A conv reads input and weight and writes its output once; BN-ReLU(-add) is one pass",
+        "in evaluation; in training statistics read once, normalising reads and writes, BN's backward is two passes",
+        "over three tensors each, a conv's backward two convs.",
     ]

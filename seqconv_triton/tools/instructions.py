@@ -7,7 +7,10 @@ Best case everywhere: one instruction a scheduler and cycle, no latency, no conf
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -79,7 +82,14 @@ def anatomy(code: str) -> Anatomy:
 
 @cache
 def of_launch(item: Launch, architecture: str) -> Anatomy:
+    """Compiles what is not in Triton's cache."""
     return anatomy(machine_code(build(item, TARGETS[architecture]))[2])
+
+
+def prepare(items: Iterable[Launch], architecture: str) -> None:
+    """Several at once, since each waits for the assembler and the disassembler: `of_launch` then knows them."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda item: of_launch(item, architecture), set(items)))
 
 
 def issued(parts: Anatomy, phases: tuple[float, ...]) -> float:
@@ -89,7 +99,7 @@ def issued(parts: Anatomy, phases: tuple[float, ...]) -> float:
     assembler has unrolled some, the rest is the largest loop's.
     """
     total = parts.once + parts.last / FAN
-    if len(parts.loops) == len(phases):
+    if len(parts.loops) == len(phases) and not parts.operations:
         return total + sum(
             loop.instructions * work / loop.operations for loop, work in zip(parts.loops, phases, strict=True)
         )

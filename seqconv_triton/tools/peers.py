@@ -1,9 +1,9 @@
-"""The roofline of other networks, from the shapes of their convs: ResNet-50, ResNet-101 and ResNet-152 (He et al., 2016).
+"""Rooflines of other networks from the shapes of their convs: ResNet-50, ResNet-101, ResNet-152 (He et al., 2016).
 
-Assumed is what a compiler makes of them at best. A conv reads its input and its weight and writes its output, once each.
-BN, with ReLU and the shortcut's addition, is one pass in evaluation, which reads and writes, or folded into the conv. In
-training statistics read once, normalising reads and writes, and backward is two passes over three tensors each; a conv's
-backward is two convs. Pooling, classifier and issue slots are not counted.
+Assumed is what a compiler makes of them at best. A conv reads its input and its weight and writes its output once. BN,
+with ReLU and the shortcut's addition, is one pass in evaluation, which reads and writes, or folded into the conv. In
+training statistics read once, normalising reads and writes, and backward is two passes over three tensors each; a
+conv's backward is two convs. Pooling, classifier and issue slots are not counted.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def convs(name: str, batch: int, image: int = 224) -> Iterator[Conv]:
             size, channels = size // stride, EXPANSION * inside
 
 
-def roofline(
-    name: str, mode: str, batch: int, ceilings: Ceilings, element_size: int = 2, image: int = 224
-) -> Roofline:
+def roofline(name: str, mode: str, batch: int, ceilings: Ceilings, element_size: int = 2, image: int = 224) -> Roofline:
     """Of "eval", "folded" (an evaluation with the BNs folded into the convs) or "train"."""
     work: list[tuple[int, int]] = []  # FLOPs, bytes
     for c in convs(name, batch, image):
-        work += [(2 * c.multiply_adds, element_size * (c.inputs + c.weights + c.outputs))] * (3 if mode == "train" else 1)
+        work += [(2 * c.multiply_adds, element_size * (c.inputs + c.weights + c.outputs))] * (
+            3 if mode == "train" else 1
+        )
         work += [(0, element_size * tensors * c.outputs) for tensors in PASSES[mode]]
     return Roofline(
         len(work),
