@@ -17,10 +17,11 @@ from seqconv_triton.kernels import configs, launch
 from seqconv_triton.kernels.convolution import Newest, convolution
 from seqconv_triton.kernels.elementwise import activate, norm_gradient
 from seqconv_triton.kernels.launch import BatchNorm, ConvShape, NormGradient, Scratch, Windows
+from seqconv_triton.kernels.pixels import pixel_table
 from seqconv_triton.kernels.pull import NewestGradient, pull
 from seqconv_triton.kernels.statistics import input_statistics
 from seqconv_triton.kernels.transposed import transposed
-from seqconv_triton.kernels.weight_gradient import conv_gradient, pixel_table, window_gradient
+from seqconv_triton.kernels.weight_gradient import conv_gradient, window_gradient
 
 EPS = 1e-5
 NAN = float("nan")

@@ -34,6 +34,28 @@ from seqconv_triton.kernels.statistics import finish_statistics
 from seqconv_triton.kernels.tiles import affine, aligned, conv_product, masked_product, rectified, taps_inside
 
 
+@triton.jit
+def newest_product(
+    acc, newest_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, x, weight, mask_ptr,
+    offs_p, mask_p, mask_n, image, ready, stride_newest, stride_mask, eps,
+    NEWEST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + what the newest channels bring, behind the `ready` ones; they are activated and stored in x."""
+    # One stage: the left side of a product that is computed must not be overwritten while that is under way.
+    for k0 in tl.range(0, NEWEST, BLOCK_K, num_stages=1):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < NEWEST
+        valid = mask_p[:, None] & mask_k[None, :]
+        raw = tl.load(newest_ptr + offs_p[:, None] * stride_newest + offs_k[None, :], mask=valid, other=0.0)
+        scale, shift = affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, offs_k, mask_k, eps)
+        value = rectified(raw.to(tl.float32), scale, shift).to(raw.dtype)
+        offs_k += ready
+        tl.store(x[:, None] + offs_k[None, :], value, mask=valid)
+        factor = tl.load(weight[None, :] + offs_k[:, None], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = masked_product(acc, value, factor, mask_ptr, image, stride_mask, offs_k, valid, PRECISION)
+    return acc
+
+
 @triton.jit(
     do_not_specialize=[
         "start", "c_in", "P", "H", "W", "OUT_H", "OUT_W", "stride_x", "stride_mask", "stride_newest",
@@ -92,20 +114,10 @@ def convolution_kernel(
         KERNEL, False, READY, EVEN_K, EVEN_N, PRECISION, BLOCK_K,
     )  # fmt: skip
     if newest_ptr is not None:
-        # One stage: the left side of a product that is computed must not be overwritten while that is under way.
-        for k0 in tl.range(0, NEWEST, BLOCK_K, num_stages=1):
-            offs_k = k0 + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < NEWEST
-            valid = mask_p[:, None] & mask_k[None, :]
-            raw = tl.load(newest_ptr + offs_p[:, None] * stride_newest + offs_k[None, :], mask=valid, other=0.0)
-            scale, shift = affine(
-                newest_gamma_ptr, newest_beta_ptr, newest_mean_ptr, newest_var_ptr, offs_k, mask_k, eps
-            )
-            value = rectified(raw.to(tl.float32), scale, shift).to(x_ptr.dtype.element_ty)
-            offs_k += reach - NEWEST
-            tl.store(x[:, None] + offs_k[None, :], value, mask=valid)
-            factor = tl.load(weight[None, :] + offs_k[:, None], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-            acc = masked_product(acc, value, factor, mask_ptr, image, stride_mask, offs_k, valid, PRECISION)
+        acc = newest_product(
+            acc, newest_ptr, newest_gamma_ptr, newest_beta_ptr, newest_mean_ptr, newest_var_ptr, x, weight, mask_ptr,
+            offs_p, mask_p, mask_n, image, reach - NEWEST, stride_newest, stride_mask, eps, NEWEST, PRECISION, BLOCK_K,
+        )  # fmt: skip
 
     stored = mask_p[:, None] & mask_n[None, :]
     if shortcut_ptr is not None:

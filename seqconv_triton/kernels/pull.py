@@ -33,7 +33,7 @@ from seqconv_triton.kernels.launch import (
     wide,
 )
 from seqconv_triton.kernels.statistics import finish_gradient
-from seqconv_triton.kernels.tiles import aligned, taps_inside
+from seqconv_triton.kernels.tiles import aligned, rows_to_tap, taps_inside
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def reader_step(
     dz_ptr += tl.cast(reader, tl.int64) * step_dz
     if KERNEL > 1:
         place = KERNEL * KERNEL - 1 - tap  # the pixel on the other side
-        place_p += ((place // KERNEL - KERNEL // 2) * W + place % KERNEL - KERNEL // 2) * stride_dz
+        place_p += rows_to_tap(place, W, KERNEL) * stride_dz
         mask_p = ((bits >> place) & 1) != 0
     valid = mask_p[:, None] if EVEN_K else mask_p[:, None] & (offs_k < ROWS)[None, :]
     dz = tl.load(dz_ptr + place_p[:, None] + offs_k[None, :], mask=valid, other=0.0)
@@ -84,6 +84,36 @@ def reader_step(
         ALIGN,
     )  # fmt: skip
     return tl.dot(dz, weight, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def newest_product(
+    acc, g_ptr, raw_ptr, coefficient_ptr, dz_ptr, weight_ptr, readers_ptr, reader,
+    offs_p, mask_p, channels, mask_n, stride_g, stride_raw, stride_dz, step_dz,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + the first reader's part, whose dz = a·g + b·z + c is computed here and stored."""
+    dz_ptr += tl.cast(reader, tl.int64) * step_dz
+    # One stage: the left side of a product that is computed must not be overwritten while that is under way.
+    for k0 in tl.range(0, ROWS, BLOCK_K, num_stages=1):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < ROWS
+        valid = mask_p[:, None] & mask_k[None, :]
+        g = tl.load(g_ptr + offs_p[:, None] * stride_g + offs_k[None, :], mask=valid, other=0.0)
+        z = tl.load(raw_ptr + offs_p[:, None] * stride_raw + offs_k[None, :], mask=valid, other=0.0)
+        a = tl.load(coefficient_ptr + offs_k, mask=mask_k, other=0.0)
+        b = tl.load(coefficient_ptr + ROWS + offs_k, mask=mask_k, other=0.0)
+        c = tl.load(coefficient_ptr + 2 * ROWS + offs_k, mask=mask_k, other=0.0)
+        dz = a[None, :] * g.to(tl.float32) + b[None, :] * z.to(tl.float32) + c[None, :]
+        dz = dz.to(dz_ptr.dtype.element_ty)
+        # Programs of other channels store the same.
+        tl.store(dz_ptr + offs_p[:, None] * stride_dz + offs_k[None, :], dz, mask=valid)
+        weight = weight_tile(
+            weight_ptr, readers_ptr, reader, 0, offs_k, channels, mask_n, ROWS, 1, WINDOW, EXACT, EVEN_K, ALIGN
+        )  # fmt: skip
+        acc = tl.dot(dz, weight, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -128,40 +158,22 @@ def pull_kernel(
     STEPS: tl.constexpr = (ROWS + BLOCK_K - 1) // BLOCK_K
     EVEN_K: tl.constexpr = ROWS % BLOCK_K == 0
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < C
-    channels = target + offs_n
-    bits, image = offs_p, offs_p
+    mask_p, mask_n, channels = offs_p < P, offs_n < C, target + offs_n
+    bits, image = offs_p, offs_p // (H * W)
     if KERNEL > 1:
         bits = taps_inside((offs_p // W) % H, offs_p % W, mask_p, H, W, KERNEL)
-    if mask_ptr is not None:
-        image = offs_p // (H * W)
     if WIDE:
         offs_p, image = offs_p.to(tl.int64), image.to(tl.int64)
     place_p = offs_p * stride_dz
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     if newest_ptr is not None:
-        # One stage: the left side of a product that is computed must not be overwritten while that is under way.
-        for k0 in tl.range(0, ROWS, BLOCK_K, num_stages=1):
-            offs_k = k0 + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < ROWS
-            valid = mask_p[:, None] & mask_k[None, :]
-            g = tl.load(newest_ptr + offs_p[:, None] * stride_newest + offs_k[None, :], mask=valid, other=0.0)
-            z = tl.load(newest_raw_ptr + offs_p[:, None] * stride_newest_raw + offs_k[None, :], mask=valid, other=0.0)
-            a = tl.load(newest_coefficient_ptr + offs_k, mask=mask_k, other=0.0)
-            b = tl.load(newest_coefficient_ptr + ROWS + offs_k, mask=mask_k, other=0.0)
-            c = tl.load(newest_coefficient_ptr + 2 * ROWS + offs_k, mask=mask_k, other=0.0)
-            dz = a[None, :] * g.to(tl.float32) + b[None, :] * z.to(tl.float32) + c[None, :]
-            dz = dz.to(dz_ptr.dtype.element_ty)
-            place = dz_ptr + tl.cast(first_reader, tl.int64) * step_dz + place_p[:, None] + offs_k[None, :]
-            tl.store(place, dz, mask=valid)  # programs of other channels store the same
-            weight = weight_tile(
-                weight_ptr, readers_ptr, first_reader, 0, offs_k, channels, mask_n, ROWS, 1, WINDOW, EXACT, EVEN_K,
-                ALIGN,
-            )  # fmt: skip
-            acc = tl.dot(dz, weight, acc, input_precision=PRECISION)
+        acc = newest_product(
+            acc, newest_ptr, newest_raw_ptr, newest_coefficient_ptr, dz_ptr, weight_ptr, readers_ptr, first_reader,
+            offs_p, mask_p, channels, mask_n, stride_newest, stride_newest_raw, stride_dz, step_dz,
+            ROWS, WINDOW, EXACT, EVEN_K, ALIGN, PRECISION, BLOCK_K,
+        )  # fmt: skip
         if mask_ptr is not None:
             acc = dropped(
                 acc, mask_ptr, readers_ptr, first_reader, image, channels, mask_p, mask_n, stride_mask, ROWS, TAPS,
@@ -206,9 +218,9 @@ def pull_kernel(
 class NewestGradient(NamedTuple):
     """The first reader's gradient in front of its BN: g and the raw output z, [P, k], and that BN's coefficients."""
 
-    g: Tensor
-    raw: Tensor
-    coefficients: Tensor
+    g: Tensor | None
+    raw: Tensor | None
+    coefficients: Tensor | None
 
 
 @tunable

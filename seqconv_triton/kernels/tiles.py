@@ -31,6 +31,12 @@ def taps_inside(h, w, valid, H, W, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def rows_to_tap(tap, W, KERNEL: tl.constexpr):
+    """How many rows further on a tap's pixel lies."""
+    return (tap // KERNEL - KERNEL // 2) * W + tap % KERNEL - KERNEL // 2
+
+
+@triton.jit
 def affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, channels, mask, eps):
     """BN as scale·x + shift, float32; without statistics gamma and beta are that already."""
     scale = tl.load(gamma_ptr + channels, mask=mask, other=0.0)
@@ -66,7 +72,7 @@ def step_product(
     offs_k = k0 + tl.arange(0, BLOCK_K)
     valid_k = offs_k < reach
     if KERNEL > 1:
-        x += ((tap // KERNEL - KERNEL // 2) * W + tap % KERNEL - KERNEL // 2) * stride_x
+        x += rows_to_tap(tap, W, KERNEL) * stride_x
         valid_p = ((bits >> tap) & 1) != 0
     if MIRRORED:  # the weight, not the pixel: a bit below the first, in a copy that the last step skips, is undefined
         tap = KERNEL * KERNEL - 1 - tap

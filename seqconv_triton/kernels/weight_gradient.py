@@ -29,31 +29,7 @@ from seqconv_triton.kernels.launch import (
     tunable,
     wide,
 )
-from seqconv_triton.kernels.tiles import affine, aligned, rectified, taps_inside
-
-
-@triton.jit(do_not_specialize=["P", "H", "W", "OUT_H", "OUT_W"])
-def pixel_table_kernel(
-    bits_ptr, rows_ptr, P, H, W, OUT_H, OUT_W, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr
-):  # fmt: skip
-    """For every output pixel: a bit a tap, whether it is inside, and the row that the middle tap reads."""
-    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
-    h, w = (offs_p // OUT_W) % OUT_H * STRIDE, offs_p % OUT_W * STRIDE
-    tl.store(bits_ptr + offs_p, taps_inside(h, w, mask_p, H, W, KERNEL), mask=mask_p)
-    tl.store(rows_ptr + offs_p, (offs_p // (OUT_H * OUT_W) * H + h) * W + w, mask=mask_p)
-
-
-def pixel_table(shape: ConvShape, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(bits, rows), int32 [P_out] each, for the loops over pixels, which then hold no division."""
-    pixels = shape.out_pixels
-    bits, rows = torch.empty((2, pixels), dtype=torch.int32, device=like.device)
-    run(
-        pixel_table_kernel, (cdiv(pixels, 256),),
-        bits_ptr=bits, rows_ptr=rows, P=pixels, H=shape.height, W=shape.width, OUT_H=shape.out_height,
-        OUT_W=shape.out_width, KERNEL=shape.kernel, STRIDE=shape.stride, BLOCK_P=256,
-    )  # fmt: skip
-    return bits, rows
+from seqconv_triton.kernels.tiles import affine, aligned, rectified, rows_to_tap
 
 
 @triton.jit
@@ -68,6 +44,37 @@ def windows_of_rows(
         row = readers_ptr + group * 4
         start, width = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
         return start, width, tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+
+
+@triton.jit
+def weight_places(
+    group, output, channels, tap, readers_ptr, groups, band, ROWS: tl.constexpr, TAPS: tl.constexpr,
+    WINDOW: tl.constexpr, GROUP_IN: tl.constexpr, GROUP_OUT: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Where the gradient of each row and column goes, in the parameter's own order, and whether it has a weight."""
+    if WINDOWS:  # asked for again, rather than kept in registers all the while
+        start, width, offset, _ = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
+        length = width[:, None]
+        inside = channels[None, :] - start[:, None]
+        place = offset[:, None] + (output[:, None] * length + inside) * TAPS + tap
+    else:
+        length = GROUP_IN
+        inside = channels[None, :] - output[:, None] // GROUP_OUT * GROUP_IN
+        place = band * (ROWS * GROUP_IN * TAPS) + (output[:, None] * GROUP_IN + inside) * TAPS + tap
+    return place, (inside >= 0) & (inside < length)
+
+
+@triton.jit
+def read_columns(
+    x, valid, channels, scale, shift, IDENTITY: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """x [BLOCK_P, BLOCK_N] activated, but for the first IDENTITY channels; padding is zero behind the activation."""
+    value = rectified(x.to(tl.float32), scale, shift)
+    if IDENTITY > 0:
+        value = tl.where((channels < IDENTITY)[None, :], x.to(tl.float32), value)
+    if PADDED:
+        value = tl.where(valid, value, 0.0)
+    return value.to(x.dtype)
 
 
 @triton.jit(
@@ -93,94 +100,69 @@ def weight_gradient_kernel(
     stride_dy, step_dy, stride_x = aligned(stride_dy, ALIGN), aligned(step_dy, ALIGN), aligned(stride_x, ALIGN)
     step_x, stride_mask, step_norm = aligned(step_x, ALIGN), aligned(stride_mask, ALIGN), aligned(step_norm, ALIGN)
     TAPS: tl.constexpr = KERNEL * KERNEL
-    ROW_TAPS: tl.constexpr = TAPS if STRIDE == 1 else 1
     pid, band, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tile_n, rest = pid % TILES_N, pid // TILES_N
-    tile_m, tile_o = rest % TILES_M, rest // TILES_M
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
+    tile_o = pid // (TILES_N * TILES_M)
+    offs_m = pid // TILES_N % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     # A row is a tap, a group of the band and an output; a column a tap and a channel. One of the two taps is 0.
     row_tap, inner = offs_m // (BAND * ROW_TILE), offs_m % (BAND * ROW_TILE)
     group, output = band * BAND + inner // ROW_TILE, tile_o * ROW_TILE + inner % ROW_TILE
-    mask_m = (row_tap < ROW_TAPS) & (group < groups) & (output < ROWS)
-    if STRIDE == 1:
-        column_tap, column = tl.zeros_like(offs_n), offs_n
-    else:
+    mask_m = (row_tap < (TAPS if STRIDE == 1 else 1)) & (group < groups) & (output < ROWS)
+    column_tap, column = tl.zeros_like(offs_n), offs_n
+    if STRIDE > 1:
         column_tap, column = offs_n // REACH, offs_n % REACH
     if WINDOWS:
         start, width, _, dropped = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
-        first = tl.min(start, axis=0)  # a window begins where the one before it does, or behind
-        channels = first + column
+        channels = tl.min(start, axis=0) + column
         mask_n = channels < tl.max(start + width, axis=0)
-        dropped = tl.max(dropped, axis=0)
+        if mask_ptr is not None:  # then there is one group a band
+            mask_ptr += tl.max(dropped, axis=0) - tl.min(start, axis=0)
     else:
         channels = tile_o * ROW_TILE // GROUP_OUT * GROUP_IN + column
         mask_n = (column < REACH) & (column_tap < TAPS)
         x_ptr += band.to(tl.int64) * step_x
     place_m = group.to(tl.int64) * step_dy + output
     place_n = channels
-    if KERNEL > 1:
-        place_m -= ((row_tap // KERNEL - KERNEL // 2) * W + row_tap % KERNEL - KERNEL // 2) * stride_dy * (STRIDE == 1)
-        place_n += (
-            ((column_tap // KERNEL - KERNEL // 2) * W + column_tap % KERNEL - KERNEL // 2) * stride_x * (STRIDE > 1)
-        )
-    # dy's pixel lies on the other side of x's. Rows and columns beyond the last tap have no bit, and must have some.
+    if KERNEL > 1 and STRIDE == 1:
+        place_m -= rows_to_tap(row_tap, W, KERNEL) * stride_dy
+    elif KERNEL > 1:
+        place_n += rows_to_tap(column_tap, W, KERNEL) * stride_x
+    # dy's pixel lies on the other side of x's. What is beyond the last tap has no bit: any will do.
     row_bit, column_bit = tl.maximum(TAPS - 1 - row_tap, 0), tl.minimum(column_tap, TAPS - 1)
-    # What the compiler cannot see through the divisions: neighbouring rows, or columns, of a tap lie side by side.
+    # What the compiler cannot see through the divisions: neighbours of one tap lie side by side.
     place_m = tl.max_contiguous(tl.multiple_of(place_m, STRETCH), STRETCH)
     place_n = tl.max_contiguous(tl.multiple_of(place_n, STRETCH), STRETCH)
     mask_m, mask_n = tl.max_constancy(mask_m, STRETCH), tl.max_constancy(mask_n, STRETCH)
-    if gamma_ptr is not None:
-        behind = channels - IDENTITY + (0 if WINDOWS else band * step_norm)
-        scale, shift = affine(
-            gamma_ptr, beta_ptr, mean_ptr, var_ptr, behind, mask_n & (channels >= IDENTITY), eps
-        )  # fmt: skip
-
-    dy_columns, x_columns = dy_ptr + place_m, x_ptr + place_n
+    behind = channels - IDENTITY + (0 if WINDOWS else band * step_norm)
+    scale, shift = affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, behind, mask_n & (channels >= IDENTITY), eps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for p0 in range(split * share, tl.minimum(split * share + share, P), BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
         mask_p = offs_p < P
         valid_m, valid_n = mask_p[:, None] & mask_m[None, :], mask_p[:, None] & mask_n[None, :]
-        at = offs_p
         if KERNEL > 1:
             bits = tl.load(bits_ptr + offs_p, mask=mask_p, other=0)
             if STRIDE == 1:
                 valid_m &= tl.max_constancy(((bits[:, None] >> row_bit[None, :]) & 1) != 0, [1, STRETCH])
             else:
                 valid_n &= tl.max_constancy(((bits[:, None] >> column_bit[None, :]) & 1) != 0, [1, STRETCH])
-        if STRIDE > 1:
-            at = tl.load(rows_ptr + offs_p, mask=mask_p, other=0)
+        at = tl.load(rows_ptr + offs_p, mask=mask_p, other=0) if STRIDE > 1 else offs_p
         if WIDE:
             offs_p, at = offs_p.to(tl.int64), at.to(tl.int64)
-        dy = tl.load(dy_columns[None, :] + offs_p[:, None] * stride_dy, mask=valid_m, other=0.0)  # [BLOCK_P, BLOCK_M]
-        x = tl.load(x_columns[None, :] + at[:, None] * stride_x, mask=valid_n, other=0.0)  # [BLOCK_P, BLOCK_N]
-        if gamma_ptr is not None:
-            value = rectified(x.to(tl.float32), scale, shift)
-            if IDENTITY > 0:
-                value = tl.where((channels < IDENTITY)[None, :], x.to(tl.float32), value)
-            if STRIDE > 1:  # the padding is zero behind the activation
-                value = tl.where(valid_n, value, 0.0)
-            x = value.to(dy.dtype)
+        dy = tl.load(
+            (dy_ptr + place_m)[None, :] + offs_p[:, None] * stride_dy, mask=valid_m, other=0.0
+        )  # [BLOCK_P, BLOCK_M]
+        x = tl.load((x_ptr + place_n)[None, :] + at[:, None] * stride_x, mask=valid_n, other=0.0)  # [P, N]
+        x = read_columns(x, valid_n, channels, scale, shift, IDENTITY, STRIDE > 1)
         if mask_ptr is not None:
-            row = mask_ptr + (dropped + column if WINDOWS else channels)
-            keep = tl.load(row[None, :] + (offs_p // pixels)[:, None] * stride_mask, mask=valid_n, other=0.0)
-            x = (x.to(tl.float32) * keep.to(tl.float32)).to(dy.dtype)
+            keep = mask_ptr + channels[None, :] + (offs_p // pixels)[:, None] * stride_mask
+            x = (x.to(tl.float32) * tl.load(keep, mask=valid_n, other=0.0).to(tl.float32)).to(dy.dtype)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
-
-    tap = row_tap[:, None] + column_tap[None, :]
-    if WINDOWS:  # again, rather than in registers all the while
-        start, width, offset, _ = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
-        length = width[:, None]
-        inside = channels[None, :] - start[:, None]
-        place = offset[:, None] + (output[:, None] * length + inside) * TAPS + tap
-    else:
-        length = GROUP_IN
-        inside = channels[None, :] - output[:, None] // GROUP_OUT * GROUP_IN
-        place = band * (ROWS * GROUP_IN * TAPS) + (output[:, None] * GROUP_IN + inside) * TAPS + tap
-    held = mask_m[:, None] & mask_n[None, :] & (inside >= 0) & (inside < length)
-    tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=held)
+    place, held = weight_places(
+        group, output, channels, row_tap[:, None] + column_tap[None, :], readers_ptr, groups, band,
+        ROWS, TAPS, WINDOW, GROUP_IN, GROUP_OUT, WINDOWS,
+    )  # fmt: skip
+    tl.store(partial_ptr + split.to(tl.int64) * size + place, acc, mask=held & mask_m[:, None] & mask_n[None, :])
 
 
 @tunable

@@ -30,10 +30,11 @@ from seqconv_triton.backend.triton.parts import (
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.elementwise import activate, norm_gradient
 from seqconv_triton.kernels.launch import BatchNorm, NormGradient, Scratch
+from seqconv_triton.kernels.pixels import pixel_table
 from seqconv_triton.kernels.pull import NewestGradient, pull
 from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.transposed import transposed
-from seqconv_triton.kernels.weight_gradient import conv_gradient, pixel_table, window_gradient
+from seqconv_triton.kernels.weight_gradient import conv_gradient, window_gradient
 from seqconv_triton.plan_text import encode
 
 
@@ -215,6 +216,7 @@ def to_input(run: Pass, newest: NewestGradient | None) -> None:
     dx = None if run.gradients.x is None else rows(run.gradients.x)
     if dx is None and run.norms.input is None:
         if newest is not None:
+            assert newest.g is not None
             norm_gradient(newest.g, newest.raw, newest.coefficients, run.dz[0])
         return
     g = run.raw.new_empty((run.geometry.pixels, channels)) if dx is None else dx
