@@ -141,14 +141,14 @@ STEPS = {
         "convolution tail 128×64×64": 195,
         "convolution tail 64×128×64": 127,
         "pull 1×1 128×32×32": 668,
-        "pull 1×1 128×64×64": 686,
         "pull 1×1 64×128×32": 548,
         "pull 1×1 64×128×64": 382,
-        "transposed 3×3 128×32×32": 189,
-        "transposed 3×3 128×64×64": 315,
-        "transposed 3×3 64×128×64": 226,
-        "transposed tail 128×64×64": 845,
-        "transposed tail 64×128×64": 277,
+        "pull 1×1 64×64×64": 448,
+        "transposed 3×3 128×32×32": 198,
+        "transposed 3×3 64×128×64": 258,
+        "transposed 3×3 64×64×64": 211,
+        "transposed tail 64×128×64": 276,
+        "transposed tail 64×64×64": 505,
         "weight gradient 1×1 128×64×64": 291,
         "weight gradient 3×3 128×32×64": 241,
         "weight gradient 3×3 128×64×64": 313,
@@ -180,8 +180,10 @@ def test_floors_of_models(case: str, counted: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
 def test_instructions_of_a_matrix_step(case: str, counted: dict[str, Any]) -> None:
+    """A line that says more or less than 3 % otherwise belongs into the table anew."""
     _, kernels = counted[case]
-    assert {name: round(count) for name, count in kernels.items()} == pytest.approx(STEPS[case], rel=0.03)
+    pairs = {name: (STEPS[case].get(name, 0), round(kernels.get(name, 0))) for name in STEPS[case] | kernels}
+    assert {name: pair for name, pair in pairs.items() if pair[1] != pytest.approx(pair[0], rel=0.03)} == {}
 
 
 def test_command_refuses_what_it_cannot_compile(
