@@ -59,7 +59,7 @@ def build(label: str, case: Case, base: nn.Module, x: Tensor) -> Contender:
     module = peer_like(who, x) if who in peers.PEERS else copy.deepcopy(base)
     module = channels_last(module.to(x.device)).train(case.training)
     if how == "fused":
-        module = sct.fuse(module)
+        module = sct.fuse(module, pack=True)
     dtype = DTYPES[case.dtype]
     if not case.training:
         module, x = module.to(dtype), x.to(dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_fused_model_runs_here(place: torch.device) -> None:
 )
 def test_packed_weights_follow_the_weights(block: dict[str, object]) -> None:
     """On a CPU weights are packed at the first evaluation: changes, other sizes and copies must not meet old ones."""
-    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16, **block), dtype=torch.float32)))
+    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16, **block))), pack=True)
 
     def check(model: nn.Module, x: Tensor) -> None:
         with torch.no_grad():
@@ -74,7 +76,8 @@ def test_packed_weights_follow_the_weights(block: dict[str, object]) -> None:
     x = torch.randn(2, 16, 7, 9)
     check(fused, x)
     check(fused, torch.randn(1, 16, 12, 5))
-    for name, weight in fused.named_parameters():
+    assert not list(fused.parameters())
+    for name, weight in list(fused.named_buffers()):
         if name.endswith("norm.weight"):  # folded: ones, by which nothing is multiplied again
             continue
         with torch.no_grad():
@@ -107,7 +110,7 @@ def test_nan_stays_nan_in_packed_weights() -> None:
 
 
 def small_fused() -> nn.Module:
-    return sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16))))
+    return sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16))), pack=True)
 
 
 def test_packed_weights_know_weights_apart_that_lay_in_the_same_place() -> None:
@@ -122,19 +125,79 @@ def test_packed_weights_know_weights_apart_that_lay_in_the_same_place() -> None:
     assert len({identity[1:] for identity in seen}) < 20
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_packed_weights_follow_fused_optimizers(optimizer: type[torch.optim.Optimizer]) -> None:
-    """They change weights without PyTorch's count of changes."""
-    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
-    weights = [fused.reduce_weight, fused.transform_weight]
+def by_numpy(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        array = weight.detach().numpy()
+        array *= 1.5
+
+
+def by_data(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.data.mul_(1.5)
+
+
+def by_vector(weights: list[nn.Parameter]) -> None:
+    """The parameters are views of the vector from then on."""
+    vector = nn.utils.parameters_to_vector(weights)
+    nn.utils.vector_to_parameters(vector, weights)
+    vector.mul_(1.5)
+
+
+def by_fused_adam(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    torch.optim.Adam(weights, lr=0.1, fused=True).step()
+
+
+def by_another_process(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.data.share_memory_()
+    if (child := os.fork()) == 0:
+        by_numpy(weights)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("road", [by_numpy, by_data, by_vector, by_fused_adam, by_another_process])
+def test_outputs_follow_weights_changed_uncounted(road: Callable[[list[nn.Parameter]], None]) -> None:
+    """By roads that pass PyTorch's count of changes by: without `pack` nothing is kept from call to call."""
+    fused, x = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16)))), torch.randn(2, 16, 7, 9)
     with torch.no_grad():
         before = fused(x)
-    fused(x).square().mean().backward()
-    optimizer(weights, lr=0.1, fused=True).step()
-    with torch.no_grad(), sct.use_backend("reference"):
-        expected = fused(x)
-    with torch.no_grad():
+        road([fused.reduce_weight, fused.transform_weight])
+        with sct.use_backend("reference"):
+            expected = fused(x)
         assert error(fused(x), expected) < 1e-5 and error(before, expected) > 1e-3
+
+
+def test_packed_models_have_no_parameters_to_train() -> None:
+    """Nor do their state dicts differ; what is no layer of ours keeps its parameters."""
+    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True))
+    packed, plain = sct.fuse(model, pack=True), sct.fuse(model)
+    names = {name for name, _ in packed.named_parameters()}
+    assert names == {"stem.0.weight", "norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+    packed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert error(packed(x), plain(x)) < 1e-5
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
+
+
+def test_folded_layers_are_not_trained() -> None:
+    """Their scales are in the weights already: a step in one of them alone would be another function."""
+    fused, x = sct.fuse(randomise(sct.CifarSeqResNet(4, 1, bottleneck=True))), torch.randn(2, 3, 8, 8)
+    assert not any(p.requires_grad for p in fused.stages.parameters())
+    with torch.no_grad():
+        expected = fused(x)
+    out = fused(x)
+    assert error(out, expected) < 1e-5
+    out.sum().backward()  # the classifier may be
+    assert fused.classifier.weight.grad is not None
+    fused.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"folded layer .* is not for training"):
+        fused(x)
+    with torch.no_grad():
+        fused(x)
 
 
 def test_packed_weights_can_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +212,7 @@ def test_packed_weights_can_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packed_weights_die_with_the_model() -> None:
     gc.collect()
     before = len(aten_packed._remembered)
-    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1))))
+    fused = sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1))), pack=True)
     with torch.no_grad():
         fused(torch.randn(2, 32, 7, 9))
     assert len(aten_packed._remembered) == before + (1 if torch.backends.mkldnn.is_available() else 0)
@@ -165,6 +228,26 @@ def test_fused_model_compiles_in_one_graph() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert error(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_compiled_models_follow_their_weights(pack: bool) -> None:
+    """Whether packed or not; what is packed is found again through a compiled graph."""
+    torch._dynamo.reset()
+    fused, x = (
+        sct.fuse(randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16))), pack=pack),
+        torch.randn(2, 16, 7, 9),
+    )
+    compiled = torch.compile(fused, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            with sct.use_backend("reference"):
+                expected = fused(x)
+            assert error(compiled(x), expected) < 1e-5
+            if pack:
+                fused.transform_weight.mul_(1.5)
+            else:
+                fused.transform_weight.data.mul_(1.5)
 
 
 def test_gradients_of_a_fused_model() -> None:

@@ -222,3 +222,17 @@ def test_listeners_hear_their_own_thread(kernels: Any) -> None:
     take_turns(lambda: computing_with(together[0], 2), lambda: computing_with(together[1], 3))
     assert 0 < len(alone[0]) < len(alone[1])
     assert together == alone
+
+
+def test_a_backward_pass_follows_its_forward_pass(kernels: Any) -> None:
+    """Autograd may run it in a thread of its own, where nothing is switched."""
+    configs, launch = kernels
+    layer = sct.SeqConv2d(8, 8, 4, bottleneck=True)
+    heard: list[Any] = []
+    with sct.use_backend("triton"), launch.listen(lambda kernel, *_: heard.append(kernel)), configs.assume("gfx942"):
+        out = layer(torch.randn(2, 8, 4, 4, requires_grad=True))
+    forward = len(heard)
+    thread = threading.Thread(target=out.sum().backward)
+    thread.start()
+    thread.join()
+    assert forward > 0 and len(heard) > forward and layer.transform_weight.grad is not None

@@ -86,7 +86,7 @@ def _switched(**changes: Any) -> Iterator[None]:
 def pin(kernel: str, block_p: int, block_k: int, num_warps: int = 4, num_stages: int = 2) -> Iterator[None]:
     """Inside, every launch of a kernel family takes these tiles: for tests, and for the same bits on any device.
 
-    As all switches here it holds for this thread alone; on a GPU, autograd runs backward passes in a thread of its own.
+    As all switches here it holds for this thread alone; a backward pass follows those of its forward pass.
     Output channels keep the tile that the conv groups ask for. Raises ValueError for an unknown family, and for tiles
     that are no powers of two from 16 on.
     """

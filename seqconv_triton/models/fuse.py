@@ -24,15 +24,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, pack: bool = False) -> Model:
     """A copy of `model` for evaluation, with the BNs of all its seqconv_triton layers and networks folded.
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
-    changes nothing in a folded layer. Fold in float32 and convert afterwards: `fuse(model).bfloat16()`.
+    changes nothing in a folded layer, whose parameters take no gradients: train the model it was made from. Fold in
+    float32 and convert afterwards: `fuse(model).bfloat16()`.
 
-    On a CPU the first evaluation in float32 lays the weights out for oneDNN and keeps that second copy, which makes
-    small batches faster. Changes of a weight by `copy_`, `load_state_dict`, other in-place ops or an optimizer behind a
-    backward pass are seen; in-place writes to `weight.data` or to a NumPy view of it are not.
+    With `pack` the weights are meant to stay as they are, and become buffers. On a CPU the first evaluation in float32
+    then lays them out for oneDNN and keeps that second copy, which makes small batches faster. `copy_`,
+    `load_state_dict` and other in-place ops are still seen; writes to `weight.data`, to a NumPy view, or by another
+    process into shared memory are not.
 
     Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
     or computes its weights (parametrizations, pruning).
@@ -51,6 +53,9 @@ def fuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, PackedSeqConv):
             _fold_packed(module)
+            module.requires_grad_(False)
+            if pack:
+                _freeze(module)
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
                 module.norm = _affine("norm", module.norm, next(module.parameters()))
@@ -59,6 +64,15 @@ def fuse(model: Model) -> Model:
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                     module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return model
+
+
+def _freeze(module: PackedSeqConv) -> None:
+    """Parameters become buffers of the same names."""
+    for part in list(module.modules()):
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                del part._parameters[name]
+                part.register_buffer(name, parameter.detach())
 
 
 def _affine(name: str, norm: nn.Module, like: Tensor) -> Affine:

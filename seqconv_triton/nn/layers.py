@@ -97,6 +97,8 @@ class PackedSeqConv(nn.Module):
         return output
 
     def _run(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
+        if read.statistics == "folded" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError("a folded layer (seqconv_triton.fuse) is not for training; train what it was made from")
         mask = self.draw_mask(x)
         shown = [norm for norm in (self.norm, self.reduce_norm) if watched(norm)]
         output = functional.stage(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 import torch
@@ -202,6 +203,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors)
     ctx.strides = [None if t is None else t.stride() for t in tensors]
     ctx.constants = [call[name] for name in CONSTANT_NAMES]
+    ctx.switches = copy_context()  # pinned tiles and the like: on a GPU backward runs in a thread of autograd's
     ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
 
@@ -219,7 +221,8 @@ def _backward(ctx: Any, d_out: Tensor | None, d_buffer: Tensor | None, *_: None)
     if d_out is None and d_buffer is None:
         return (None,) * len(needed)
     needs = [needed[name] for name in Needs._fields]
-    result = torch.ops.seqconv_triton.stage_backward(d_out, d_buffer, *_as_saved(ctx), *ctx.constants, needs)
+    operands = d_out, d_buffer, *_as_saved(ctx), *ctx.constants, needs
+    result = ctx.switches.copy().run(torch.ops.seqconv_triton.stage_backward, *operands)
     gradients = Gradients(*result)._asdict()
     return tuple(gradients[name] if wanted else None for name, wanted in needed.items())
 

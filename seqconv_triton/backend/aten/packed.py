@@ -1,9 +1,8 @@
 """Weights of fused stages as oneDNN lays them out, so that an evaluation does not reorder them again.
 
-Only what `fuse` has made is remembered: it is for deployment, where weights stay as they are. An entry lives as long as
-the memory of its 3×3 weight, and counts only while every weight is the same tensor in the same memory and has not
-changed since, by PyTorch's own count of in-place changes. Fused optimizers do not count theirs, so a backward pass
-forgets.
+Only what `fuse(model, pack=True)` has made is remembered, whose weights are no parameters: they stay as they are. An
+entry lives as long as the memory of its 3×3 weight, and counts only while every weight is the same tensor in the same
+memory and has not changed since, by PyTorch's own count of in-place changes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int]
     """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
     main, inner = stage.norms
     weights = [weight for weight in (*stage.convs, *main, *(inner or ())) if weight is not None]
-    if any(weight.is_inference() for weight in weights):  # nobody counts their changes
+    # Optimizers and others change parameters uncounted; nobody counts changes in inference mode.
+    if any(isinstance(weight, torch.nn.Parameter) or weight.is_inference() for weight in weights):
         return folding.group
     key = folding.plan, folding.place, [identity(weight) for weight in weights]
     transform = stage.convs.transform
@@ -47,12 +47,9 @@ def identity(weight: Tensor) -> tuple[Any, ...]:
     return WeakIdRef(weight.untyped_storage()), id(weight), weight.data_ptr(), weight._version
 
 
-def forget(transform_weight: Tensor | None = None) -> None:
-    """Free what is remembered of a stage, or all of it; the next evaluation packs again."""
-    if transform_weight is None:
-        _remembered.clear()
-    else:
-        _remembered.pop(transform_weight.untyped_storage(), None)
+def forget() -> None:
+    """Free all that is remembered; the next evaluation packs again."""
+    _remembered.clear()
 
 
 def pack(weights: GroupWeights, plan: Plan, x: Tensor) -> GroupWeights:

@@ -16,7 +16,6 @@ from torch import Tensor
 from seqconv_triton.backend.aten import memory
 from seqconv_triton.backend.aten.evaluation import evaluate
 from seqconv_triton.backend.aten.gradients import gradient_windows
-from seqconv_triton.backend.aten.packed import forget
 from seqconv_triton.backend.aten.parts import Images, convolution, norms, pixels, pointwise
 from seqconv_triton.backend.aten.ring import placed, placed_masks, store, store_product
 from seqconv_triton.backend.aten.tail import End
@@ -121,8 +120,6 @@ def backward(
     offset = plan.total_channels - plan.normalized_channels
     reduce = reduce_matrices(stage.convs.reduce, plan)
     transform = transform_weights(stage.convs.transform, plan)
-    if wanted.reduce_weight is not None or wanted.transform_weight is not None:
-        forget(stage.convs.transform)
     d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
     d_reduce = reduce_matrices(wanted.reduce_weight, plan)
     masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
