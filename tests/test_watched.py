@@ -11,6 +11,7 @@ import torch
 from helpers import error, randomise, small_imagenet
 from plain import PlainLayer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import update_bn
 
 import seqconv_triton as sct
@@ -197,6 +198,18 @@ def test_hooks_on_every_module_of_a_network() -> None:
     assert error(model(x), expected) < 1e-6
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(called.count(name) == 1 for name in norms)
+
+
+def test_hooks_where_tensors_have_no_values() -> None:
+    """On the meta device and in FakeTensorMode, as summaries use them."""
+    with FakeTensorMode():
+        fake = small_imagenet()
+        inputs = torch.randn(2, 3, 40, 40)
+    for model, x in ((small_imagenet(device="meta"), torch.empty(2, 3, 40, 40, device="meta")), (fake, inputs)):
+        called: list[str] = []
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda module, args, out, name=name, called=called: called.append(name))
+        assert model(x).shape == (2, 7) and "stages.0.reduce_norm" in called
 
 
 def test_hooked_under_autocast_and_compiled() -> None:

@@ -137,7 +137,6 @@ def is_batch_norm(norm: nn.Module) -> bool:
 _frozen: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_frozen(norm: nn.Module) -> bool:
     """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
 
@@ -151,6 +150,10 @@ def is_frozen(norm: nn.Module) -> bool:
     if norm not in _frozen:
         _frozen[norm] = _acts_frozen(norm)
     return _frozen[norm]
+
+
+# What torch.compiler.assume_constant_result does, which imports all of the compiler.
+is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -117,7 +117,12 @@ def count_operations(model: Backbone, image_size: int) -> list[Row]:
 @contextmanager
 def _hooks(model: Backbone, rows: list[Row]) -> Iterator[None]:
     handles = []
+    counted_with_their_stage = {
+        norm for stage in model.modules() if isinstance(stage, PackedSeqConv) for norm in stage.children()
+    }
     for name, module in model.named_modules():
+        if module in counted_with_their_stage:
+            continue
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | PackedSeqConv):
 
             def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
