@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from seqconv_triton.plan_picture import draw
+
 
 @dataclass(frozen=True)
 class Group:
@@ -49,16 +51,6 @@ class Tail:
     stride: int = 1
     groups: int = 1
     repeats: int = 1
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Groups [first, last) touch no channels but [start, stop) of the buffer."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -189,30 +181,6 @@ class Plan:
         return len({group.window_width for group in self.groups}) == 1
 
     @cached_property
-    def ring_channels(self) -> int | None:
-        """The width of a ring, in which a group's output takes the place of channels that nobody reads again.
-
-        None where no ring of the widest window does, or where most of its columns would be none of the windows'.
-        """
-        k, widths = self.group_width, [group.window_width for group in self.groups]
-        ring = max(widths)
-        fits = ring % k == 0 and self.in_channels % k == 0 and self.in_channels <= ring
-        newest = all(
-            self.slot(j) - ring <= group.window_start and group.window_start + width <= self.slot(j)
-            for j, (group, width) in enumerate(zip(self.groups, widths, strict=True))
-        )
-        # Columns outside a window cost a 1×1 conv little, a 3×3 conv nine times as much.
-        filled = self.uniform or (self.bottleneck and 2 * sum(widths) >= ring * len(widths))
-        return ring if fits and newest and filled and self._leaves_in_parts(ring) else None
-
-    def _leaves_in_parts(self, ring: int) -> bool:
-        """Whether what the tail reads can go through it as the ring holds it, one part after the other."""
-        parts, rest = divmod(self.read_channels, ring)
-        if self.tail is None or self.read_channels <= ring:
-            return True
-        return rest == 0 and self.tail.repeats == 1 and self.tail.groups % parts == 0
-
-    @cached_property
     def window_offsets(self) -> tuple[int, ...]:
         """Where each group's window begins when all windows are laid end to end; the last entry is the total."""
         offsets = [0]
@@ -281,25 +249,30 @@ class Plan:
         """Height or width behind the tail."""
         return size if self.tail is None else (size - 1) // self.tail.stride + 1
 
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """Runs of groups within a strip of about three windows, so that a backend's scratch memory stays small."""
-        limit = 3 * max(group.window_width for group in self.groups)
-        segments: list[Segment] = []
-        first, start = 0, 0
-        for j, group in enumerate(self.groups):
-            if self.slot(j) + self.group_width - start > limit and group.window_start > start:
-                segments.append(Segment(first, j, start, self.slot(j)))
-                first, start = j, group.window_start
-        segments.append(Segment(first, len(self.groups), start, self.total_channels))
-        # What leaves the stage must lie in the last strip.
-        needed = self.total_channels - self.read_channels
-        while segments[-1].start > needed:
-            last, previous = segments.pop(), segments.pop()
-            segments.append(Segment(previous.first, last.last, previous.start, last.stop))
-        return tuple(segments)
-
     def __str__(self) -> str:
-        from seqconv_triton.plan_picture import draw
-
-        return draw(self)
+        """A line about the groups, their picture, a line about the tail."""
+        k, widths = self.group_width, sorted({group.window_width for group in self.groups})
+        window = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        conv = "1×1 and 3×3" if self.bottleneck else "3×3"
+        subgroups = f" in {self.subgroups} subgroups" if self.subgroups > 1 else ""
+        head = f"{self.in_channels} channels + {len(self.groups)} groups of {k}, window {window}, {conv} conv{subgroups}"
+        picture = draw(
+            (
+                (
+                    (group.window_start, group.window_width),
+                    (self.slot(j), k),
+                    None if group.residual_start is None else (group.residual_start, k),
+                )
+                for j, group in enumerate(self.groups)
+            ),
+            self.in_channels,
+            k,
+            self.total_channels,
+        )
+        if self.tail is None:
+            return f"{head}\n{picture}"
+        size = f"{self.tail.kernel_size}×{self.tail.kernel_size}"
+        return (
+            f"{head}\n{picture}\ntail: {size} conv, stride {self.tail.stride}, {self.tail.groups} groups, "
+            f"reads the last {self.read_channels} channels, gives {self.tail.out_channels}"
+        )

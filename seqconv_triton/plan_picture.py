@@ -1,54 +1,36 @@
-"""A plan as a small text picture: one row a group, one character a few channels."""
+"""Windows over a row of channels as a small text picture: one row a group, one character a few channels."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from seqconv_triton.plan import Plan
+from collections.abc import Iterable
 
 MAX_COLUMNS = 96
 MAX_ROWS = 24
 LEGEND = "= window   # written   + raw shortcut   . older features"
 
+# First channel and number of channels.
+Span = tuple[int, int]
 
-def draw(plan: Plan) -> str:
-    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over the buffer."""
-    k, total = plan.group_width, plan.total_channels
-    cell = math.gcd(plan.in_channels, k)
+
+def draw(groups: Iterable[tuple[Span, Span, Span | None]], in_channels: int, group_width: int, total: int) -> str:
+    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over `total` channels.
+
+    A group is its window, its slot and, where it has one, its shortcut; slots have `group_width` channels.
+    """
+    cell = math.gcd(in_channels, group_width)
     cell *= math.ceil(total / cell / MAX_COLUMNS)
-
-    def columns(start: int, width: int) -> range:
-        return range(start // cell, max(start // cell + 1, (start + width) // cell))
-
     rows = []
-    for j, group in enumerate(plan.groups):
-        row = ["."] * (plan.slot(j) // cell)
-        for mark, start, width in (
-            ("=", group.window_start, group.window_width),
-            ("+", group.residual_start, k),
-            ("#", plan.slot(j), k),
-        ):
-            if start is None:
+    for j, (window, slot, shortcut) in enumerate(groups):
+        row = ["."] * (slot[0] // cell)
+        for mark, span in (("=", window), ("+", shortcut), ("#", slot)):
+            if span is None:
                 continue
-            for c in columns(start, width):
-                row += ["."] * (c + 1 - len(row))
-                row[c] = mark
+            first, last = span[0] // cell, max(span[0] // cell + 1, sum(span) // cell)
+            row += ["."] * (last - len(row))
+            row[first:last] = mark * (last - first)
         rows.append(f"{j:>4}  {''.join(row)}")
     if len(rows) > MAX_ROWS:
         half = MAX_ROWS // 2
         rows[half:-half] = [f"   …  ({len(rows) - 2 * half} more groups)"]
-    widths = sorted({group.window_width for group in plan.groups})
-    window = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-    conv = "1×1 and 3×3" if plan.bottleneck else "3×3"
-    subgroups = f" in {plan.subgroups} subgroups" if plan.subgroups > 1 else ""
-    head = f"{plan.in_channels} channels + {len(plan.groups)} groups of {k}, window {window}, {conv} conv{subgroups}"
-    tail = ""
-    if plan.tail is not None:
-        size = f"{plan.tail.kernel_size}×{plan.tail.kernel_size}"
-        tail = (
-            f"\ntail: {size} conv, stride {plan.tail.stride}, {plan.tail.groups} groups, "
-            f"reads the last {plan.read_channels} channels, gives {plan.tail.out_channels}"
-        )
-    return f"{head}\n{LEGEND}; one character is {cell} channels\n" + "\n".join(rows) + tail
+    return f"{LEGEND}; one character is {cell} channels\n" + "\n".join(rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import seqconv_triton as sct
 from seqconv_triton.backend.aten import evaluation as aten_evaluation
+from seqconv_triton.backend.aten.ring import Ring
 from seqconv_triton.plan import Plan, Tail
 
 TOLERANCE = 1e-11
@@ -119,7 +120,7 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
 def test_an_image_of_nan_spoils_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is used again for the next images; what they have not written yet must not be read as NaN."""
     plan = Plan.stage(12, 4, 1, entry_channels=4)
-    assert plan.ring_channels == 12
+    assert Ring(plan).reads_unwritten
     monkeypatch.setattr(aten_evaluation, "CHUNK_BYTES", 1)
     stage = randomise(sct.Stage(plan)).eval()
     x = torch.randn(3, 4, 5, 6)
@@ -145,18 +146,8 @@ def test_wide_groups_and_many_pixels_in_float32() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_stage_in_float32(block: str) -> None:
     """float32 takes other products than float64: oneDNN's, where PyTorch has it."""
-    windowed, bottleneck = (BLOCKS[block].get(name, True) for name in ("windowed", "bottleneck"))
-    for entry, extension, width in (
-        (None, 12, 12),
-        (None, 0, 12),
-        (4, 0, 12),
-        (8, 0, 16),
-        (8, 12, None),
-        (6, 12, None),
-    ):
+    for entry, extension in ((None, 12), (None, 0), (4, 0), (8, 0), (8, 12), (6, 12)):
         plan = Plan.stage(12, 4, 3, extension=extension, entry_channels=entry, tail=Tail(24, 3, 2, 6), **BLOCKS[block])
-        if windowed:
-            assert plan.ring_channels == (width if bottleneck or entry is None else None)
         stage = randomise(sct.Stage(plan), layer_b=0.1)
         x = torch.randn(2, plan.in_channels, 5, 6)
         got = everything(stage, x, run_stage)

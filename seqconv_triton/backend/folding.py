@@ -13,11 +13,11 @@ from seqconv_triton.backend.contract import NormVectors, StageArguments
 from seqconv_triton.backend.packing import reduce_matrices, transform_weights
 from seqconv_triton.plan import Plan
 
-# (weight, j, plan, scale): group j's weight times its scale, if there is one.
-Place = Callable[[Tensor, int, Plan, Tensor | None], Tensor]
+# (weight, j, scale): group j's weight times its scale, if there is one.
+Place = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
-def scaled(weight: Tensor, j: int, plan: Plan, scale: Tensor | None) -> Tensor:
+def scaled(weight: Tensor, j: int, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight * scale
 
 
@@ -75,12 +75,12 @@ class Folding:
         plan, reduce, reduce_shift = self.plan, None, None
         if self.inner:
             reduce_scale, reduce_shift = self.inner[j]
-            reduce = self.place(self.reduce[j], j, plan, None if self.done else reduce_scale[:, None])
+            reduce = self.place(self.reduce[j], j, None if self.done else reduce_scale[:, None])
         factor = transform_shift = None
         if j in self.foldable:
             channels = slice(plan.slot(j), plan.slot(j) + plan.group_width)
             factor = None if self.done else self.scale[channels, None, None, None]
             transform_shift = self.shift[channels]
         over_window = scaled if plan.bottleneck else self.place
-        transform = over_window(self.transform[j], j, plan, factor)
+        transform = over_window(self.transform[j], j, factor)
         return GroupWeights(reduce, reduce_shift, transform, transform_shift)

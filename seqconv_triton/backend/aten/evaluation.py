@@ -11,14 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from seqconv_triton.backend.aten.groups import Shortcuts
+from seqconv_triton.backend.aten.output import Output
 from seqconv_triton.backend.aten.packed import packed, packed_convolution
 from seqconv_triton.backend.aten.parts import Images, convolution, onednn_takes, pixels, pointwise
-from seqconv_triton.backend.aten.ring import placed, placed_masks
-from seqconv_triton.backend.aten.tail import End
-from seqconv_triton.backend.aten.windows import Ring, Strips, windows
+from seqconv_triton.backend.aten.ring import Features, ring_of
 from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding, GroupWeights
-from seqconv_triton.plan import Plan
 
 # More than this leaves the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
 CHUNK_BYTES = 16 * 2**20
@@ -39,79 +38,69 @@ def transformed(weights: GroupWeights, x: Tensor, subgroups: int) -> Tensor:
     return convolution(x, weights.transform, weights.transform_shift, 1, subgroups)
 
 
-def images_per_chunk(x: Tensor, plan: Plan) -> int:
+def images_per_chunk(x: Tensor, channels: int) -> int:
     """How many images' activated channels fit into CHUNK_BYTES, in even shares of the batch."""
-    strip = plan.ring_channels or max(segment.stop - segment.start for segment in plan.segments)
-    fit = max(1, CHUNK_BYTES // (strip * x.shape[2] * x.shape[3] * x.element_size()))
+    fit = max(1, CHUNK_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size()))
     return -(-x.shape[0] // -(-x.shape[0] // fit))
 
 
 def evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments, out: Tensor) -> None:
     """Fill `out` with known statistics; nothing links the images, so they go through a few at a time."""
-    plan, mask = stage.plan, stage.mask
-    chunk = images_per_chunk(x, plan)
-    folding = Folding(stage, x.dtype, shortcut is not None, placed)
+    ring = ring_of(stage.plan)
+    chunk = images_per_chunk(x, ring.channels)
+    folding = Folding(stage, x.dtype, shortcut is not None, ring.place)
     if folding.done and shortcut is None and onednn_takes(x):
         weights = packed(stage, folding, x[:chunk])
     elif chunk < x.shape[0]:
-        weights = [folding.group(j) for j in range(len(plan.groups))].__getitem__
+        weights = [folding.group(j) for j in range(len(stage.plan.groups))].__getitem__
     else:
         weights = folding.group
-    kept = None
+    features = None
     for start in range(0, x.shape[0], chunk):
-        own = slice(start, start + chunk)
-        own_shortcut, own_mask = (None if t is None else t[own] for t in (shortcut, mask))
-        kept = windows(plan, pixels(x[own]), kept)
-        _evaluate_chunk(x[own], own_shortcut, folding, weights, stage.convs.tail, own_mask, plan, out[own], kept)
+        part = slice(start, start + chunk)
+        images = pixels(x[part])
+        # Fresh memory costs a page fault every 4 KiB.
+        if features is None or features.rows.shape[0] != images.shape[0]:
+            features = Features(ring, images)
+        features.clear()
+        part_shortcut, part_mask = (None if t is None else t[part] for t in (shortcut, stage.mask))
+        _evaluate_chunk(x[part], part_shortcut, stage._replace(mask=part_mask), folding, weights, features, out[part])
 
 
 def _evaluate_chunk(
     x: Tensor,
     shortcut: Tensor | None,
+    stage: StageArguments,
     folding: Folding,
     weights: Callable[[int], GroupWeights],
-    tail_weight: Tensor | None,
-    mask: Tensor | None,
-    plan: Plan,
+    features: Features,
     out: Tensor,
-    kept: Ring | Strips,
 ) -> None:
-    k, groups, width = plan.group_width, plan.groups, plan.in_channels
-    images, rows = Images(x), pixels(x)
-    masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
-    awaited = {group.residual_start for group in groups}
-    sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
+    plan, k, rows, images, ring = stage.plan, stage.plan.group_width, pixels(x), Images(x), features.ring
+    masks = None if stage.mask is None else ring.place_masks(stage.mask.to(x.dtype))
+    shortcuts = Shortcuts(plan, rows, shortcut)
     subgroups = plan.subgroups if plan.bottleneck else 1
-    end = End(plan, images, tail_weight, None if masks is None else masks[-1])
-    for own, into in kept.input_pieces():
+    leaving = Output(ring, images, stage.convs.tail, masks)
+    for part, into in features.input_pieces():
         if plan.raw_input:
-            torch.addcmul(folding.shift[own], rows[:, own], folding.scale[own], out=into)
+            torch.addcmul(folding.shift[part], rows[:, part], folding.scale[part], out=into)
             into.clamp_min_(0)
         else:
-            into.copy_(rows[:, own])
-    for j, group in enumerate(groups):
+            into.copy_(rows[:, part])
+    for j in range(len(plan.groups)):
         c = plan.slot(j)
-        if c in end.parts:
-            end.leave(c, kept.newest(end.width(c)), out)
-        window = kept.window(j)
+        leaving.write(c, features, out)
+        window = features.window(j)
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
         convs = weights(j)
         if convs.reduce is not None:
             window = reduced(convs, window, images)
-        y = transformed(convs, images(window), subgroups)
-        slot = kept.slot(j)
+        y, slot = transformed(convs, images(window), subgroups), features.slot(j)
         if convs.transform_shift is None:
-            if shortcut is not None:
-                y += shortcut[:, j * k : (j + 1) * k]
-            elif group.residual_start is not None:
-                y += images(sources.pop(group.residual_start))
-            if c in awaited:
-                sources[c] = pixels(y)
-            raw = pixels(y)
-            torch.addcmul(folding.shift[c : c + k], raw, folding.scale[c : c + k], out=slot)
+            shortcuts.pass_on(j, y, images)
+            torch.addcmul(folding.shift[c : c + k], pixels(y), folding.scale[c : c + k], out=slot)
             slot.clamp_min_(0)
         else:
             torch.clamp_min(pixels(y), 0, out=slot)
-    last = plan.total_channels
-    end.leave(last, kept.newest(end.width(last)), out)
+    leaving.write(plan.total_channels, features, out)

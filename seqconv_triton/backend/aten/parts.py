@@ -1,13 +1,10 @@
-"""What the aten backend's passes share: rows and images, BN on packed channels, the tail, weights as matrices."""
+"""Rows and images, and the convs of the aten backend on either."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from seqconv_triton.backend.contract import NormVectors, StageArguments
-from seqconv_triton.plan import Tail
 
 aten = torch.ops.aten
 
@@ -29,63 +26,6 @@ class Images:
     def pixel_mask(self, mask: Tensor) -> Tensor:
         """A channel mask [N, C] repeated for every pixel: [P, C]."""
         return mask[:, None].expand(-1, self.height * self.width, -1).reshape(-1, mask.shape[1])
-
-
-class Norm:
-    """Some consecutive BNs of a stage. Batch statistics are taken and stored, running ones are only applied."""
-
-    def __init__(self, vectors: NormVectors, stage: StageArguments) -> None:
-        weight, bias, mean, var = vectors
-        if mean is None or var is None:
-            mean, var = torch.zeros_like(bias), torch.ones_like(bias)
-        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, stage.eps
-        self.batch, self.ranks = stage.statistics == "batch", stage.ranks
-
-    def normalize(self, raw: Tensor, start: int) -> Tensor:
-        """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
-        if not self.batch:
-            return self.apply(raw, start)
-        channels = slice(start, start + raw.shape[1])
-        if self.ranks is not None:
-            var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
-            self.mean[channels], self.var[channels] = self.ranks.statistics(mean, var)
-            return self.apply(raw, start)
-        weight, bias = self.weight[channels], self.bias[channels]
-        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
-        self.mean[channels] = mean
-        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
-        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
-        return out
-
-    def apply(self, raw: Tensor, start: int) -> Tensor:
-        """BN of channels [start, …) with known statistics."""
-        channels = slice(start, start + raw.shape[1])
-        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
-        out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
-        return out
-
-    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
-        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
-        channels = slice(start, start + raw.shape[1])
-        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
-        inverse = (var + self.eps).rsqrt()
-        if self.batch and self.ranks is not None:
-            precise = grad.to(mean.dtype)
-            normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
-            sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
-            d_bias[channels], d_weight[channels] = sums
-            mean_g, mean_gx = self.ranks.means(sums)[:, :, None, None].unbind()
-            return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
-        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
-            grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
-        )
-        return d_raw
-
-
-def norms(stage: StageArguments) -> tuple[Norm, Norm | None]:
-    """The BNs over the buffer, and those behind the 1×1 convs."""
-    main, inner = stage.norms
-    return Norm(main, stage), None if inner is None else Norm(inner, stage)
 
 
 def onednn_takes(x: Tensor) -> bool:
@@ -136,9 +76,3 @@ def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
         images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
     )[1]
     return dw.flatten(1)
-
-
-def tail_convolution(x: Tensor, weight: Tensor, tail: Tail, groups: int) -> Tensor:
-    """The conv behind the stage, or some of its groups, on their activated input."""
-    x = torch.cat([x] * tail.repeats, 1) if tail.repeats > 1 else x
-    return convolution(x, weight, None, tail.stride, groups)

@@ -1,87 +1,131 @@
-"""The ring of the aten backend: which column a buffer channel lies in, and weights placed to match.
+"""Where the aten backend keeps activated channels while it walks the groups of a stage: a ring, as rows [P, channels].
 
-A window lies in the ring without gaps between its rows, as oneDNN wants it, but turned, and perhaps among columns that
-the group does not read. Weights over the window follow: turned the same way, with zeros for those columns (so that
-an infinite activation there makes the group's pixel NaN, where the reference may be finite; other images are safe).
+A group's output takes the place of the oldest channels, which nobody reads again. Where windows fill a ring as wide as
+the widest of them, or most of it, every group reads all of it, without gaps between its rows, as oneDNN wants it, but
+turned: weights over the window are turned the same way, with zeros for the columns that the group does not read (so
+that an infinite activation there makes the group's pixel NaN, where the reference may be finite; other images are
+safe). Elsewhere the ring has room for four windows, so that most of them are a view of neighbouring columns.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten.parts import Images, product_over_pixels, worth_onednn
 from seqconv_triton.backend.packing import group_masks
 from seqconv_triton.plan import Plan
 
-# Where a part lies among some channels, and in which columns of the ring.
+# Part of some channels, and the columns in which it lies.
 Piece = tuple[slice, slice]
 
 
-def column(channel: int, plan: Plan) -> int:
-    """That of a buffer channel; the last ones, which leave the stage, stand in their own order."""
-    assert plan.ring_channels is not None
-    return (channel - plan.total_channels) % plan.ring_channels
+class Ring:
+    """The columns of a plan's buffer channels; `whole` says that every group reads all of them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, k = plan, plan.group_width
+        widths = [group.window_width for group in plan.groups]
+        widest, read, total = (-(-c // k) * k for c in (max(widths), plan.read_channels, plan.total_channels))
+        # Columns outside a window cost a 1×1 conv little, a 3×3 conv nine times as much.
+        filled = plan.uniform or (plan.bottleneck and 2 * sum(widths) >= widest * len(widths))
+        self.whole = filled and plan.in_channels % k == 0 and output_parts(plan, widest) > 0
+        self.channels = widest if self.whole else min(total, max(4 * widest, read))
+        self.fits = tuple(width == self.channels for width in widths)
+        self.reads_unwritten = self.whole and not all(self.fits)
+
+    def column(self, channel: int) -> int:
+        """That of a buffer channel; the last ones, which leave the stage, stand in their own order."""
+        return (channel - self.plan.total_channels) % self.channels
+
+    def pieces(self, start: int, count: int) -> list[Piece]:
+        """The buffer channels [start, start + count), one piece or, around the end of the ring, two."""
+        first = self.column(start)
+        before = min(count, self.channels - first)
+        pieces = [(slice(0, before), slice(first, first + before))]
+        if before < count:
+            pieces.append((slice(before, count), slice(0, count - before)))
+        return pieces
+
+    def window(self, j: int) -> list[Piece]:
+        """Group j's window."""
+        group = self.plan.groups[j]
+        return self.pieces(group.window_start, group.window_width)
+
+    def columns_read(self, j: int) -> list[Piece]:
+        """Group j's window among the columns that `gather` gives."""
+        everything = slice(0, self.plan.groups[j].window_width)
+        return self.window(j) if self.whole else [(everything, everything)]
+
+    def gather(self, rows: Tensor, j: int) -> Tensor:
+        """What group j reads of rows [P, channels]: all columns, or its window."""
+        if self.whole:
+            return rows
+        pieces = [rows[:, columns] for _, columns in self.window(j)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def place(self, weight: Tensor, j: int, scale: Tensor | None = None) -> Tensor:
+        """What goes with group j's window, channels in dimension 1, times `scale`, in the order of the columns read."""
+        if not self.whole or (self.fits[j] and self.column(self.plan.groups[j].window_start) == 0):
+            return weight if scale is None else weight * scale
+        new = weight.new_empty if self.fits[j] else weight.new_zeros
+        out = new((weight.shape[0], self.channels, *weight.shape[2:]))
+        for part, columns in self.window(j):
+            if scale is None:
+                out[:, columns] = weight[:, part]
+            else:
+                torch.mul(weight[:, part], scale, out=out[:, columns])
+        return out
+
+    def place_masks(self, mask: Tensor) -> tuple[Tensor, ...]:
+        """`group_masks`, in the order of the columns read; the tail's as it is."""
+        masks, count = group_masks(mask, self.plan), len(self.plan.groups)
+        return tuple(self.place(m, j) for j, m in enumerate(masks[:count])) + masks[count:]
 
 
-def pieces(start: int, width: int, plan: Plan) -> list[Piece]:
-    """The buffer channels [start, start + width), one piece or, around the end of the ring, two."""
-    assert plan.ring_channels is not None
-    first = column(start, plan)
-    before = min(width, plan.ring_channels - first)
-    found = [(slice(0, before), slice(first, first + before))]
-    if before < width:
-        found.append((slice(before, width), slice(0, width - before)))
-    return found
+def output_parts(plan: Plan, channels: int) -> int:
+    """In how many parts the output leaves a ring of so many channels; 0 where the tail's groups do not split so."""
+    parts = -(-plan.read_channels // channels)
+    tail = plan.tail
+    if tail is None or parts == 1:
+        return parts
+    evenly = plan.read_channels % channels == 0 and tail.repeats == 1 and tail.groups % parts == 0
+    return parts if evenly else 0
 
 
-def placed(weight: Tensor, j: int, plan: Plan, scale: Tensor | None = None) -> Tensor:
-    """What goes with group j's window, channels in dimension 1, times `scale`, in the order of the columns read."""
-    group, ring = plan.groups[j], plan.ring_channels
-    if ring is None or (reads_all(j, plan) and column(group.window_start, plan) == 0):
-        return weight if scale is None else weight * scale
-    new = weight.new_empty if reads_all(j, plan) else weight.new_zeros
-    out = new((weight.shape[0], ring, *weight.shape[2:]))
-    for own, columns in pieces(group.window_start, group.window_width, plan):
-        if scale is None:
-            out[:, columns] = weight[:, own]
-        else:
-            torch.mul(weight[:, own], scale, out=out[:, columns])
-    return out
+@lru_cache(maxsize=1024)
+def ring_of(plan: Plan) -> Ring:
+    return Ring(plan)
 
 
-def placed_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    """`group_masks`, in the order of the columns read; the tail's as it is."""
-    masks, count = group_masks(mask, plan), len(plan.groups)
-    return tuple(placed(m, j, plan) for j, m in enumerate(masks[:count])) + masks[count:]
+class Features:
+    """Activated channels of as many pixels as `like` [P, …] has: the newest ones in the columns of a ring."""
 
+    def __init__(self, ring: Ring, like: Tensor) -> None:
+        self.ring = ring
+        self.rows = like.new_empty(like.shape[0], ring.channels)
+        self.clear()
 
-def over_columns(j: int, plan: Plan) -> list[Piece]:
-    """Parts of group j's window, and where they lie among the columns that `windows` give it."""
-    group = plan.groups[j]
-    whole = slice(0, group.window_width)
-    return [(whole, whole)] if plan.ring_channels is None else pieces(group.window_start, group.window_width, plan)
+    def clear(self) -> None:
+        """A column that nobody has written yet may meet weights of zero, and must not hold NaN then."""
+        if self.ring.reads_unwritten:
+            self.rows.zero_()
 
+    def input_pieces(self) -> list[tuple[slice, Tensor]]:
+        """Parts of the input's channels, and where each belongs."""
+        pieces = self.ring.pieces(0, self.ring.plan.in_channels)
+        return [(part, self.rows[:, columns]) for part, columns in pieces]
 
-def reads_all(j: int, plan: Plan) -> bool:
-    """Whether group j reads every column of the rows that `windows` give it.
+    def window(self, j: int) -> Tensor:
+        """What group j reads."""
+        return self.ring.gather(self.rows, j)
 
-    The first groups of a dense entry stage do not. Their gradients are cheaper as products over the columns read, gaps
-    between the rows and all, than through oneDNN over the whole ring.
-    """
-    return plan.ring_channels in (None, plan.groups[j].window_width)
+    def slot(self, j: int) -> Tensor:
+        """Where group j's own channels go."""
+        start = self.ring.column(self.ring.plan.slot(j))
+        return self.rows[:, start : start + self.ring.plan.group_width]
 
-
-def store(gradient: Tensor, into: Tensor, j: int, plan: Plan) -> None:
-    """The gradient of what `placed` gave, in the order of the weight."""
-    for own, columns in over_columns(j, plan):
-        into[:, own] = gradient[:, columns]
-
-
-def store_product(grad: Tensor, window: Tensor, into: Tensor, j: int, plan: Plan, images: Images) -> None:
-    """The 1×1 weight gradient [k, window] of group j: grad [P, k] transposed times window [P, columns]."""
-    if reads_all(j, plan) and worth_onednn(grad) and window.is_contiguous():
-        store(product_over_pixels(grad, window, images), into, j, plan)
-        return
-    for own, columns in over_columns(j, plan):
-        torch.mm(grad.t(), window[:, columns], out=into[:, own])
+    def newest(self, count: int) -> Tensor:
+        """The last channels written, where as many as fill the ring once, twice, … (or none) are still to come."""
+        return self.rows[:, self.ring.channels - count :]

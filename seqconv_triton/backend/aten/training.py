@@ -1,9 +1,9 @@
 """The shared buffer on PyTorch's own ops: CPU first, and wherever Triton is not.
 
-Forward, group by group: 1×1 conv as one matrix product over a view of the activated strip, BN-ReLU, 3×3 conv, shortcut,
-BN-ReLU into the strip. Kept for backward are the raw buffer and z, the raw outputs of the 1×1 convs. Backward walks the
-groups in reverse, recomputes activations, and adds each group's gradient onto its window. Activated channels and their
-gradients are held a window or a few at a time (`windows.py`), so that they stay in the cache.
+Forward, group by group: 1×1 conv over the window as one matrix product, BN-ReLU, 3×3 conv, shortcut, BN-ReLU into the
+ring (`ring.py`). Kept for backward are the raw buffer and z, the raw outputs of the 1×1 convs. Backward walks the
+groups in reverse, recomputes activations, and adds each group's gradient onto its window. No more than a window or so
+of activated channels and their gradients is held at a time, so that they stay in the cache.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from seqconv_triton.backend.aten import memory
 from seqconv_triton.backend.aten.evaluation import evaluate
-from seqconv_triton.backend.aten.gradients import gradient_windows
-from seqconv_triton.backend.aten.parts import Images, convolution, norms, pixels, pointwise
-from seqconv_triton.backend.aten.ring import placed, placed_masks, store, store_product
-from seqconv_triton.backend.aten.tail import End
-from seqconv_triton.backend.aten.windows import windows
+from seqconv_triton.backend.aten.gradients import FeatureGradients, RawFeatures
+from seqconv_triton.backend.aten.groups import Groups, Shortcuts
+from seqconv_triton.backend.aten.output import Output
+from seqconv_triton.backend.aten.parts import convolution, pixels, pointwise
+from seqconv_triton.backend.aten.ring import Features
 from seqconv_triton.backend.contract import (
     ForwardOutputs,
     Gradients,
@@ -38,66 +38,50 @@ def forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
     """A stage's forward pass (`FusedBackend`); what is kept lies in memory that belongs to the stage's weights."""
-    plan, mask, owner = stage.plan, stage.mask, stage.norms.main.weight
+    owner = stage.norms.main.weight
     if not keep:
         memory.release(owner)
-    outputs = empty_outputs(
-        x, stage, keep=keep, keep_inner=keep_inner, empty_strided=partial(memory.empty_strided, owner)
-    )
-    out, buffer, z, statistics = outputs
-    if not keep and statistics is None and x.dtype in (torch.float32, torch.float64):
+    allocate = partial(memory.empty_strided, owner)
+    outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner, empty_strided=allocate)
+    if outputs.statistics is not None:
+        stage = stage._replace(norms=with_statistics(stage.norms, outputs.statistics))
+    elif not keep and x.dtype in (torch.float32, torch.float64):
         # Half precisions keep BN apart: folding would round its scale.
-        evaluate(x, shortcut, stage, out)
+        evaluate(x, shortcut, stage, outputs.out)
         return outputs
-    if statistics is not None:
-        stage = stage._replace(norms=with_statistics(stage.norms, statistics))
-    k, groups, width = plan.group_width, plan.groups, plan.in_channels
-    images = Images(x)
-    norm, reduce_norm = norms(stage)
-    offset = plan.total_channels - plan.normalized_channels  # the BN of buffer channel c is number c - offset
-    reduce = reduce_matrices(stage.convs.reduce, plan)
-    transform = transform_weights(stage.convs.transform, plan)
-    masks = None if mask is None else placed_masks(mask.to(x.dtype), plan)
-    subgroups = plan.subgroups if plan.bottleneck else 1
-    rows = pixels(x)
-    raw_rows = None if buffer is None else pixels(buffer)
-    if raw_rows is not None:
-        raw_rows[:, :width] = rows
-    # Raw features that a later layer B adds, by their place in the buffer.
-    awaited = {group.residual_start for group in groups}
-    sources = {c: rows[:, c : c + k] for c in awaited if c is not None and c < width}
-
-    end = End(plan, images, stage.convs.tail, None if masks is None else masks[-1])
-    kept = windows(plan, rows)
-    normal = pixels(norm.normalize(x, 0)) if plan.raw_input else rows
-    for own, into in kept.input_pieces():
-        torch.clamp_min(normal[:, own], 0, out=into) if plan.raw_input else into.copy_(normal[:, own])
-    for j, group in enumerate(groups):
-        c = plan.slot(j)
-        if c in end.parts:
-            end.leave(c, kept.newest(end.width(c)), out)
-        window = kept.window(j)
-        if masks is not None:
-            window = window * images.pixel_mask(masks[j])
-        if reduce_norm is not None:
-            raw_z = pointwise(window, placed(reduce[j], j, plan), None, images)
-            if z is not None:
-                z[j].view(-1, k).copy_(raw_z)
-            window = pixels(reduce_norm.normalize(images(raw_z), j * k).relu_())
-        weight = transform[j] if plan.bottleneck else placed(transform[j], j, plan)
-        y = convolution(images(window), weight, None, 1, subgroups)
-        if shortcut is not None:
-            y += shortcut[:, j * k : (j + 1) * k]
-        elif group.residual_start is not None:
-            y += images(sources.pop(group.residual_start))
-        if raw_rows is not None:
-            raw_rows[:, c : c + k] = pixels(y)
-        if c in awaited:
-            sources[c] = pixels(y)
-        torch.clamp_min(pixels(norm.normalize(y, c - offset)), 0, out=kept.slot(j))
-    last = plan.total_channels
-    end.leave(last, kept.newest(end.width(last)), out)
+    _fill(outputs, x, shortcut, stage)
     return outputs
+
+
+def _fill(outputs: ForwardOutputs, x: Tensor, shortcut: Tensor | None, stage: StageArguments) -> None:
+    plan, k, rows, groups = stage.plan, stage.plan.group_width, pixels(x), Groups(stage, x)
+    images, norm, inner = groups.images, groups.norm, groups.inner
+    raw = None if outputs.buffer is None else pixels(outputs.buffer)
+    if raw is not None:
+        raw[:, : plan.in_channels] = rows
+    shortcuts = Shortcuts(plan, rows, shortcut)
+    leaving = Output(groups.ring, images, stage.convs.tail, groups.masks)
+    features = Features(groups.ring, rows)
+    normal = pixels(norm.normalize(x, 0)) if plan.raw_input else rows
+    for part, into in features.input_pieces():
+        torch.clamp_min(normal[:, part], 0, out=into) if plan.raw_input else into.copy_(normal[:, part])
+    for j in range(len(plan.groups)):
+        c = plan.slot(j)
+        leaving.write(c, features, outputs.out)
+        window, mask = features.window(j), groups.pixel_mask(j)
+        if mask is not None:
+            window = window * mask
+        if inner is not None:
+            z = pointwise(window, groups.placed_reduce(j), None, images)
+            if outputs.z is not None:
+                outputs.z[j].view(-1, k).copy_(z)
+            window = pixels(inner.normalize(images(z), j * k).relu_())
+        y = convolution(images(window), groups.placed_transform(j), None, 1, groups.subgroups)
+        shortcuts.pass_on(j, y, images)
+        if raw is not None:
+            raw[:, c : c + k] = pixels(y)
+        torch.clamp_min(pixels(norm.normalize(y, c)), 0, out=features.slot(j))
+    leaving.write(plan.total_channels, features, outputs.out)
 
 
 def backward(
@@ -108,112 +92,91 @@ def backward(
     stage: StageArguments,
     needs: Needs,
 ) -> Gradients:
-    """A stage's backward pass (`FusedBackend`), from the raw buffer, z and the statistics of the forward pass.
-
-    Without z (gradient checkpointing) each group's is computed again when its turn comes.
-    """
-    plan, mask = stage.plan, stage.mask
-    gradients = wanted = empty_gradients(buffer, stage, needs)
-    k, groups, width = plan.group_width, plan.groups, plan.in_channels
-    images = Images(buffer)
-    norm, reduce_norm = norms(stage)
-    offset = plan.total_channels - plan.normalized_channels
-    reduce = reduce_matrices(stage.convs.reduce, plan)
-    transform = transform_weights(stage.convs.transform, plan)
-    d_transform = None if wanted.transform_weight is None else transform_weights(wanted.transform_weight, plan)
-    d_reduce = reduce_matrices(wanted.reduce_weight, plan)
-    masks = None if mask is None else placed_masks(mask.to(buffer.dtype), plan)
-    raw_rows = pixels(buffer)
-    d_raw_rows = None if d_buffer is None else pixels(d_buffer)
-    # Gradients that reach raw features through shortcuts, by their place in the buffer.
-    passed: dict[int, Tensor] = {}
-    subgroups = plan.subgroups if plan.bottleneck else 1
-
-    contiguous: dict[int, Tensor] = {}  # raw channels of the ring, without gaps, from activation to BN's backward
-
-    def raw(start: int, stop: int) -> Tensor:
-        """Raw buffer channels for BN, which is slow on rows with gaps."""
-        return images(raw_rows[:, start:stop].contiguous())
-
-    def activate(start: int, into: Tensor) -> None:
-        """Activated channels from `start` on, computed again a group at a time, which stays in the cache."""
-        done = 0 if plan.raw_input else min(into.shape[1], max(0, width - start))
-        into[:, :done] = raw_rows[:, start : start + done]
-        for first in range(done, into.shape[1], k):
-            last = min(first + k, into.shape[1])
-            own = raw(start + first, start + last)
-            torch.clamp_min(pixels(norm.apply(own, start + first - offset)), 0, out=into[:, first:last])
-            if plan.ring_channels is not None and into.shape[1] == k and start >= width:
-                contiguous[start] = own
-
-    end = End(plan, images, stage.convs.tail, None if masks is None else masks[-1])
-    if d_out is None and wanted.tail_weight is not None:
-        wanted.tail_weight.zero_()
-    kept = gradient_windows(plan, activate, raw_rows, images)
-
-    def from_outside(moment: int) -> Tensor | None:
-        """The gradient of what leaves at that moment, the newest channels."""
-        if d_out is None or moment not in end.parts:
-            return None
-        return end.gradient(moment, kept.newest(end.width(moment)), d_out, wanted.tail_weight)
-
-    kept.begin(from_outside(plan.total_channels))
-    for j in reversed(range(len(groups))):
-        group, c = groups[j], plan.slot(j)
-        raw_y = contiguous.pop(c) if c in contiguous else raw(c, c + k)
-        dy = norm.backward(images(kept.enter(j)), raw_y, c - offset, wanted.norm_weight, wanted.norm_bias)
-        if (outside := from_outside(c)) is not None:
-            kept.add_newest(outside)
+    """A stage's backward pass (`FusedBackend`). Where z was not kept, a group's is computed again in its turn."""
+    gradients = empty_gradients(buffer, stage, needs)
+    if d_out is None and gradients.tail_weight is not None:
+        gradients.tail_weight.zero_()
+    plan, k, groups = stage.plan, stage.plan.group_width, Groups(stage, buffer)
+    images, norm = groups.images, groups.norm
+    raw = RawFeatures(buffer, groups)
+    d_raw = None if d_buffer is None else pixels(d_buffer)
+    passed: dict[int, Tensor] = {}  # gradients that reach raw channels through shortcuts
+    leaving = Output(groups.ring, images, stage.convs.tail, groups.masks)
+    features = FeatureGradients(groups, raw)
+    features.begin(leaving.gradient(plan.total_channels, features, d_out, gradients.tail_weight))
+    through_convs = ThroughConvs(groups, features, z, gradients)
+    for j in reversed(range(len(plan.groups))):
+        group, c = plan.groups[j], plan.slot(j)
+        d_activated = images(features.enter(j))
+        dy = norm.backward(d_activated, raw.group(j), c, gradients.norm_weight, gradients.norm_bias)
+        if (from_outside := leaving.gradient(c, features, d_out, gradients.tail_weight)) is not None:
+            features.add_newest(from_outside)
         if c in passed:
             dy += images(passed.pop(c))
-        if d_raw_rows is not None:
-            dy += images(d_raw_rows[:, c : c + k])
+        if d_raw is not None:
+            dy += images(d_raw[:, c : c + k])
         if gradients.shortcut is not None:
             gradients.shortcut[:, j * k : (j + 1) * k] = dy
         if group.residual_start is not None:
             passed[group.residual_start] = pixels(dy)
+        through_convs(j, dy)
 
-        window, pixel_mask = kept.window(j), None
-        if masks is not None:
-            pixel_mask = images.pixel_mask(masks[j])
-            window = window * pixel_mask
-        if reduce_norm is None:
-            u = images(window)
-        else:
-            kept_z = pointwise(window, placed(reduce[j], j, plan), None, images) if z is None else z[j].view(-1, k)
-            raw_z = images(kept_z)
-            u = reduce_norm.apply(raw_z, j * k).relu_()
-        weight = transform[j] if plan.bottleneck else placed(transform[j], j, plan)
-        du, dw, _ = aten.convolution_backward(
-            dy, u, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], subgroups,
-            [True, d_transform is not None, False],
-        )  # fmt: skip
-        if d_transform is not None:
-            d_transform[j].copy_(dw) if plan.bottleneck else store(dw, d_transform[j], j, plan)
-        if reduce_norm is None:
-            d_window = pixels(du)
-        else:
-            assert wanted.reduce_norm_weight is not None and wanted.reduce_norm_bias is not None
-            grad = aten.threshold_backward.grad_input(du, u, 0, grad_input=du)
-            dz = pixels(reduce_norm.backward(grad, raw_z, j * k, wanted.reduce_norm_weight, wanted.reduce_norm_bias))
-            if d_reduce:
-                store_product(dz, window, d_reduce[j], j, plan, images)
-            if pixel_mask is None:
-                kept.add_product(j, dz, reduce[j])
-                continue
-            d_window = dz @ placed(reduce[j], j, plan)
-        kept.add(j, d_window if pixel_mask is None else d_window * pixel_mask)
-
-    dx = gradients.x
-    through_norm = images(kept.input_gradient(in_front_of_relu=plan.raw_input))
+    dx = images(features.input_gradient(in_front_of_relu=plan.raw_input))
     if plan.raw_input:
         # Also where x needs no gradient: its BN's affine belongs to this stage.
-        through_norm = norm.backward(through_norm, raw(0, width), 0, wanted.norm_weight, wanted.norm_bias)
-    if dx is None:
-        return gradients
-    dx.copy_(through_norm)
-    for c, dy in passed.items():
-        dx[:, c : c + k] += images(dy)
-    if d_raw_rows is not None:
-        dx += images(d_raw_rows[:, :width])
+        raw_input = raw.images(0, plan.in_channels)
+        dx = norm.backward(dx, raw_input, 0, gradients.norm_weight, gradients.norm_bias)
+    if gradients.x is not None:
+        gradients.x.copy_(dx)
+        for c, dy in passed.items():
+            gradients.x[:, c : c + k] += images(dy)
+        if d_raw is not None:
+            gradients.x.add_(images(d_raw[:, : plan.in_channels]))
     return gradients
+
+
+class ThroughConvs:
+    """A group's convs backwards: from the gradient of its raw output to those of its window and of its weights."""
+
+    def __init__(self, groups: Groups, features: FeatureGradients, z: Tensor | None, gradients: Gradients) -> None:
+        self.groups, self.features, self.z, self.gradients, plan = groups, features, z, gradients, groups.plan
+        self.d_reduce = reduce_matrices(gradients.reduce_weight, plan)
+        weight = gradients.transform_weight
+        self.d_transform = None if weight is None else transform_weights(weight, plan)
+
+    def __call__(self, j: int, dy: Tensor) -> None:
+        groups, inner, k = self.groups, self.groups.inner, self.groups.plan.group_width
+        window, mask = self.features.window(j), groups.pixel_mask(j)
+        if mask is not None:
+            window = window * mask
+        if inner is None:
+            d_window = pixels(self._transform(j, dy, groups.images(window)))
+            self.features.add(j, d_window if mask is None else d_window * mask)
+            return
+        rows = (
+            pointwise(window, groups.placed_reduce(j), None, groups.images) if self.z is None else self.z[j].view(-1, k)
+        )
+        z = groups.images(rows)
+        u = inner.apply(z, j * k).relu_()
+        du = self._transform(j, dy, u)
+        du = aten.threshold_backward.grad_input(du, u, 0, grad_input=du)
+        d_weight, d_bias = self.gradients.reduce_norm_weight, self.gradients.reduce_norm_bias
+        assert d_weight is not None and d_bias is not None
+        dz = pixels(inner.backward(du, z, j * k, d_weight, d_bias))
+        if self.d_reduce:
+            self.features.store_product(dz, window, self.d_reduce[j], j)
+        if mask is None:
+            self.features.add_product(j, dz, groups.reduce[j])
+        else:
+            self.features.add(j, dz @ groups.placed_reduce(j) * mask)
+
+    def _transform(self, j: int, dy: Tensor, u: Tensor) -> Tensor:
+        """The gradient of u, the 3×3 conv's input; stores its weight's."""
+        groups, into = self.groups, self.d_transform
+        du, dw, _ = aten.convolution_backward(
+            dy, u, groups.placed_transform(j), None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups.subgroups,
+            [True, into is not None, False],
+        )  # fmt: skip
+        if into is not None:
+            into[j].copy_(dw) if groups.plan.bottleneck else self.features.store(dw, into[j], j)
+        return du
