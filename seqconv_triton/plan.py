@@ -255,7 +255,9 @@ class Plan:
         window = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
         conv = "1×1 and 3×3" if self.bottleneck else "3×3"
         subgroups = f" in {self.subgroups} subgroups" if self.subgroups > 1 else ""
-        head = f"{self.in_channels} channels + {len(self.groups)} groups of {k}, window {window}, {conv} conv{subgroups}"
+        head = (
+            f"{self.in_channels} channels + {len(self.groups)} groups of {k}, window {window}, {conv} conv{subgroups}"
+        )
         picture = draw(
             (
                 (

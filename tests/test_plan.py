@@ -46,24 +46,6 @@ def test_entry_layer_is_dense_and_marked() -> None:
     assert plan.entry_groups == 2 and not plan.uniform
 
 
-def test_segments_cover_every_group_and_hold_what_it_touches() -> None:
-    for plan in (
-        Plan.stage(512, 64, 5, extension=512, tail=Tail(1024, 3, 2, 8)),
-        Plan.stage(12, 4, 3, windowed=False),
-        Plan.stage(12, 4, 5, entry_channels=5, tail=Tail(12, 1)),
-        Plan.layer(8, 128, 4),
-    ):
-        covered = []
-        for segment in plan.segments:
-            for j in range(segment.first, segment.last):
-                group = plan.groups[j]
-                assert segment.start <= group.window_start
-                assert plan.slot(j) + plan.group_width <= segment.stop
-                covered.append(j)
-        assert covered == list(range(len(plan.groups)))
-        assert plan.segments[-1].start <= plan.total_channels - plan.read_channels
-
-
 @pytest.mark.parametrize(
     "plan",
     [

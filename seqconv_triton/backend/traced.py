@@ -18,16 +18,16 @@ class Features:
     """Activated features in the order of the buffer: the input, then every group's."""
 
     def __init__(self, x: Tensor, k: int) -> None:
-        self.pieces, self.width, self.k = [x], x.shape[1], k
+        self.x, self.outputs, self.k = x, list[Tensor](), k
 
-    def window(self, start: int, width: int) -> Tensor:
-        """Channels [start, start + width); the paper's windows begin and end between two groups."""
-        before, stop = start - self.width, start + width - self.width
-        own = [piece for i, piece in enumerate(self.pieces[1:]) if before <= i * self.k < stop]
-        if before < 0:
-            x = self.pieces[0]
-            own.insert(0, x if start == 0 and stop >= 0 else x[:, start : start + width])
-        return own[0] if len(own) == 1 else torch.cat(own, 1)
+    def window(self, start: int, count: int) -> Tensor:
+        """Channels [start, start + count); the paper's windows begin and end between two groups."""
+        channels = self.x.shape[1]
+        first, stop = start - channels, start + count - channels  # as the outputs count
+        pieces = [output for i, output in enumerate(self.outputs) if first <= i * self.k < stop]
+        if first < 0:
+            pieces.insert(0, self.x if start == 0 and stop >= 0 else self.x[:, start : start + count])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments) -> Tensor:
@@ -47,18 +47,18 @@ def evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments) -> Tenso
         seen = features.window(group.window_start, group.window_width)
         if masks is not None:
             seen = seen * masks[j][:, :, None, None]
-        own = folding.group(j)
-        if own.reduce is not None:
-            seen = torch.relu(F.conv2d(seen, own.reduce[:, :, None, None], own.reduce_shift))
-        y = F.conv2d(seen, own.transform, own.transform_shift, 1, 1, 1, subgroups)
-        if own.transform_shift is None:
+        convs = folding.group(j)
+        if convs.reduce is not None:
+            seen = torch.relu(F.conv2d(seen, convs.reduce[:, :, None, None], convs.reduce_shift))
+        y = F.conv2d(seen, convs.transform, convs.transform_shift, 1, 1, 1, subgroups)
+        if convs.transform_shift is None:
             if shortcut is not None:
                 y = y + shortcut[:, j * k : (j + 1) * k]
             elif group.residual_start is not None:
                 y = y + sources[group.residual_start]
             sources[plan.slot(j)] = y
             y = y * scales[j + 1] + shifts[j + 1]
-        features.pieces.append(torch.relu(y))
+        features.outputs.append(torch.relu(y))
     out = features.window(plan.total_channels - plan.read_channels, plan.read_channels)
     if plan.tail is None:
         return out
