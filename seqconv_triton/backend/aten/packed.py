@@ -34,11 +34,11 @@ def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int]
     key = folding.plan, folding.place, [identity(weight) for weight in weights]
     transform = stage.convs.transform
     entries = _remembered.setdefault(transform.untyped_storage(), {})
-    found = entries.get(transform.storage_offset())
-    if found is None or found[0] != key:
-        found = key, [pack(folding.group(j), folding.plan, x) for j in range(len(folding.plan.groups))]
-        entries[transform.storage_offset()] = found
-    groups: list[GroupWeights] = found[1]
+    remembered = entries.get(transform.storage_offset())
+    if remembered is None or remembered[0] != key:
+        remembered = key, [pack(folding.group(j), folding.plan, x) for j in range(len(folding.plan.groups))]
+        entries[transform.storage_offset()] = remembered
+    groups: list[GroupWeights] = remembered[1]
     return groups.__getitem__
 
 
