@@ -1,0 +1,153 @@
+"""sct.parameter_groups: what is spared from weight decay, and weights handed out group by group."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from helpers import error, randomise
+from plain import PlainLayer
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+
+facility = pytest.mark.facility
+
+
+class Orthogonal(torch.optim.Optimizer):
+    """Steps along the orthogonal matrix nearest to each gradient [rows, the rest], as Muon does."""
+
+    def __init__(self, params: Iterable[dict[str, object]], lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.dim() > 1:
+                    u, _, v = torch.linalg.svd(parameter.grad.flatten(1), full_matrices=False)
+                    parameter.add_((u @ v).view_as(parameter), alpha=-group["lr"])
+
+
+class Trusted(torch.optim.Optimizer):
+    """Steps as long as the weight, in the direction of its gradient (LARS)."""
+
+    def __init__(self, params: Iterable[dict[str, object]], lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.dim() > 1:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] * float(parameter.norm() / parameter.grad.norm()))
+
+
+LAYERS = {
+    "basic": (6, 12, 4, {}),
+    "bottleneck": (6, 12, 4, {"bottleneck": True}),
+    "subgroups": (6, 12, 4, {"bottleneck": True, "subgroups": 2}),
+}
+
+
+@facility("Matrix-wise optimizers (Muon, LARS): sct.parameter_groups(per_group=True) steps as separate convs do")
+@pytest.mark.parametrize("make", [Orthogonal, Trusted, torch.optim.AdamW])
+@pytest.mark.parametrize("case", LAYERS)
+def test_steps_are_those_of_separate_convs(case: str, make: Callable[..., torch.optim.Optimizer]) -> None:
+    channels, out, k, options = LAYERS[case]
+    layer = randomise(sct.SeqConv2d(channels, out, k, dtype=torch.float64, **options))
+    plain = PlainLayer(layer)
+    optimizers = [make(sct.parameter_groups(layer, 0.0, per_group=True)), make(sct.parameter_groups(plain, 0.0))]
+    for _ in range(3):
+        x = torch.randn(2, channels, 4, 5, dtype=torch.float64)
+        for module, optimizer in zip((layer, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    transform = torch.cat([conv.weight for conv in plain.transform])
+    assert error(layer.transform_weight, transform) < 1e-8
+    if layer.reduce_weight is not None:
+        assert error(layer.reduce_weight, torch.cat([conv.weight for conv in plain.reduce]).flatten(1)) < 1e-8
+
+
+def test_packed_whole_they_are_another_optimizers() -> None:
+    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True, dtype=torch.float64))
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for module, per_group in ((layer, True), (twin, False)):
+        module(x).square().sum().backward()
+        Orthogonal(sct.parameter_groups(module, 0.0, per_group=per_group)).step()
+    assert error(layer.reduce_weight, twin.reduce_weight) > 1e-2
+
+
+@pytest.mark.parametrize("model", ["cifar_seqresnet_b_r7_k16", "cifar_seqresnet_dense_r3_k8_n121", "seqresnet_b22"])
+def test_every_weight_is_in_one_group(model: str) -> None:
+    """Flat and two-dimensional packed weights; together they are all parameters, once."""
+    network = sct.create_model(model, device="meta" if model == "seqresnet_b22" else "cpu")
+    decayed, spared = sct.parameter_groups(network, 0.1, per_group=True)
+    assert sum(p.numel() for p in decayed["params"] + spared["params"]) == sum(p.numel() for p in network.parameters())
+    assert all(p.dim() in (2, 4) for p in decayed["params"]) and all(p.dim() == 1 for p in spared["params"])
+    plans = [m.plan for m in network.modules() if isinstance(m, sct.Stage)]
+    assert len(decayed["params"]) >= sum(len(plan.groups) * (2 if plan.bottleneck else 1) for plan in plans)
+
+
+def test_gradients_are_parts_of_the_packed_one() -> None:
+    """Accumulation, clipping by the model's parameters, loss scaling and zero_grad in both its forms."""
+    model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True, dropout=0.0))
+    stage = model.stages[0]
+    parts = [p for p in sct.parameter_groups(model, 0.0, per_group=True)[0]["params"] if type(p) is not nn.Parameter]
+    optimizer = torch.optim.SGD(parts, lr=0.5)
+    x = torch.randn(2, 3, 8, 8)
+    model(x).sum().backward()
+    once = stage.transform_weight.grad.clone()
+    model.eval()(x).sum().backward()
+    assert not torch.equal(stage.transform_weight.grad, once)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    expected = {name: p - 0.5 * p.grad for name, p in stage.named_parameters() if name.endswith("m_weight")}
+    version = stage.transform_weight._version
+    optimizer.step()
+    for name, value in expected.items():
+        assert error(stage.get_parameter(name), value) < 1e-6
+    assert stage.transform_weight._version > version  # a graph that needs the old value notices
+    optimizer.zero_grad(set_to_none=False)
+    assert stage.transform_weight.grad.count_nonzero() == 0
+    optimizer.zero_grad()
+    assert stage.transform_weight.grad is None and all(p.grad is None for p in parts)
+    parts[0].grad = torch.ones_like(parts[0])
+    assert parts[0].grad.eq(1).all() and parts[1].grad is not None
+
+
+def scaled_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(model(x).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_under_grad_scaler_and_with_saved_state() -> None:
+    model = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
+    twin = copy.deepcopy(model)
+    optimizers = [
+        torch.optim.AdamW(sct.parameter_groups(m, 0.1, per_group=per_group), lr=0.01)
+        for m, per_group in ((model, True), (twin, False))
+    ]
+    x = torch.randn(2, 6, 4, 5)
+    for module, optimizer in zip((model, twin), optimizers, strict=True):
+        scaled_step(module, optimizer, x)
+    fresh = torch.optim.AdamW(sct.parameter_groups(model, 0.1, per_group=True), lr=0.01)
+    fresh.load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for module, optimizer in ((model, fresh), (twin, optimizers[1])):
+        optimizer.zero_grad()
+        scaled_step(module, optimizer, x)
+    for name, value in twin.named_parameters():
+        assert error(model.get_parameter(name), value) < 1e-5, name
+
+
+def test_folded_and_frozen_bns_are_spared() -> None:
+    fused = sct.fuse(sct.CifarSeqResNet(4, 1, bottleneck=True)).requires_grad_(True)
+    decayed, spared = sct.parameter_groups(fused, 0.1)
+    names = {id(p): name for name, p in fused.named_parameters()}
+    assert all("norm" not in names[id(p)] for p in decayed["params"])
+    assert sum("norm" in names[id(p)] for p in spared["params"]) == 2 * (2 * 3 + 1)
