@@ -272,4 +272,5 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     if kernel == "weight_gradient":
         return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
-    return LaunchConfig(block_p, block_n, block_k, 8 if block_n > 64 and not hopper else 4, stages)
+    many = block_n * element_size > 128 and not hopper
+    return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)

@@ -25,10 +25,12 @@ Places = tuple[tuple[int, int, int], ...]
 
 
 class Entry(NamedTuple):
-    """A launch: the compiled kernel, its arguments, and where addresses go: (argument, tensor, offset in bytes)."""
+    """A launch of a compiled kernel, and where addresses go among its arguments: (argument, tensor, bytes into it)."""
 
-    kernel: Any
+    run: Callable[..., None]
     grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
     arguments: list[Any]
     places: Places
 
@@ -65,11 +67,11 @@ def replayed(name: Hashable, memory: tuple[Any, ...], launches: Callable[[], Non
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
     stream = triton.runtime.driver.active.get_current_stream(triton.runtime.driver.active.get_current_device())
-    for kernel, grid, template, places in program:
+    for run, (x, y, z), function, metadata, template, places in program:
         arguments = template.copy()
         for position, tensor, offset in places:
             arguments[position] = addresses[tensor] + offset
-        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
 
 def replayable(tensors: list[Tensor]) -> bool:
@@ -103,7 +105,8 @@ def _noted(tensors: list[Tensor], launches: Callable[[], None]) -> list[Entry] |
                 places.append((position, owners[0] if owners else 0, at - spans[owners[0]][0] if owners else 0))
                 values[position] = 0
         whole = (*grid, 1, 1)[:3]
-        entries.append(Entry(compiled, (whole[0], whole[1], whole[2]), values, tuple(places)))
+        ready = compiled.run, (whole[0], whole[1], whole[2]), compiled.function, compiled.packed_metadata
+        entries.append(Entry(*ready, values, tuple(places)))
 
     with launch.note(note):
         launches()

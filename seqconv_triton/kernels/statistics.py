@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.launch import FAN, BatchNorm, Scratch, cdiv, row_stride, run, wide
+from seqconv_triton.kernels.launch import FAN, BatchNorm, Scratch, alignment, cdiv, row_stride, run, wide
+from seqconv_triton.kernels.tiles import aligned
 
 
 @triton.jit
@@ -155,9 +156,11 @@ def finish_gradient(
 @triton.jit(do_not_specialize=["P", "stride_x", "stride_copy"])
 def input_statistics_kernel(
     x_ptr, copy_ptr, tile_mean_ptr, tile_m2_ptr, counter_ptr, mean_ptr, var_ptr, P, stride_x, stride_copy,
-    CHANNELS: tl.constexpr, WIDE: tl.constexpr, FAN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, FAN: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of x [P, CHANNELS], which is copied along the way."""
+    stride_x, stride_copy = aligned(stride_x, ALIGN), aligned(stride_copy, ALIGN)
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
     if WIDE:
@@ -181,5 +184,6 @@ def input_statistics(x: Tensor, copy: Tensor, norm: BatchNorm, scratch: Scratch)
         input_statistics_kernel, (cdiv(pixels, block_p), cdiv(channels, block_n)),
         x_ptr=x, copy_ptr=copy, tile_mean_ptr=scratch.first, tile_m2_ptr=scratch.second, counter_ptr=scratch.counters,
         mean_ptr=norm.mean, var_ptr=norm.var, P=pixels, stride_x=row_stride(x), stride_copy=row_stride(copy),
-        CHANNELS=channels, WIDE=wide(x, copy), FAN=FAN, BLOCK_P=block_p, BLOCK_N=block_n,
+        CHANNELS=channels, ALIGN=alignment(row_stride(x), row_stride(copy)), WIDE=wide(x, copy), FAN=FAN,
+        BLOCK_P=block_p, BLOCK_N=block_n,
     )  # fmt: skip

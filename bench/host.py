@@ -1,0 +1,79 @@
+"""What a launch costs on the host, in Python: the passes of a network of B42's groups, with a driver that does nothing.
+
+The stages are B42's with a quarter of the channels on small images, so that PyTorch's own work, which a GPU would do
+meanwhile, is small. The first pass launches through Triton's dispatch and is not timed; the rest are replayed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+
+from seqconv_triton.backend.triton import parts
+from seqconv_triton.kernels import launch, replay
+from seqconv_triton.models.imagenet import ImageNetNetwork, StageRow
+from seqconv_triton.tools.ahead import stage_inputs, stage_passes
+
+ROUNDS = 15
+
+
+class Narrow(ImageNetNetwork):
+    """B42's groups, a quarter of its channels."""
+
+    rows = (StageRow(32, 8, 1, 3), StageRow(64, 16, 1, 4), StageRow(128, 16, 1, 5), StageRow(256, 32, 1, 3))
+
+
+class Kernel:
+    """A compiled kernel that does nothing when it is launched."""
+
+    function = packed_metadata = None
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def run(self, *_: Any) -> None:
+        self.launches += 1
+
+
+@contextmanager
+def idle_driver() -> Iterator[Kernel]:
+    """Launches on CPU tensors reach a kernel that does nothing."""
+    kernel = Kernel()
+    active = SimpleNamespace(get_current_stream=lambda device: 0, get_current_device=lambda: 0)
+
+    def first(*_: Any) -> Kernel:
+        kernel.launches += 1
+        return kernel
+
+    with (
+        mock.patch.object(launch, "_launch", first),
+        mock.patch.object(triton.runtime, "driver", SimpleNamespace(active=active)),
+        mock.patch.object(replay, "replayable", return_value=True),
+        mock.patch.object(parts, "INTERPRETED", True),
+    ):
+        yield kernel
+
+
+def microseconds(training: bool) -> tuple[int, float]:
+    """Launches of a pass, and the median of the processor's microseconds for each."""
+    model = Narrow(10, device="meta")
+    passes = []
+    for stage, size in stage_inputs(model, (1, 3, 64, 64)):
+        x = torch.zeros(size).contiguous(memory_format=torch.channels_last)
+        passes += stage_passes(stage.to_empty(device="cpu"), x, training)
+    seconds = []
+    with idle_driver() as kernel:
+        for _ in range(ROUNDS + 1):
+            kernel.launches, start = 0, time.thread_time()
+            for run in passes:
+                run()
+            seconds.append(time.thread_time() - start)
+    return kernel.launches, 1e6 * statistics.median(seconds[1:]) / kernel.launches
