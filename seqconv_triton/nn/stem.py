@@ -1,4 +1,4 @@
-"""The stem's 3×3 convs: nn.Conv2d, which under torch.compile goes through an op of our own.
+"""The stem's 3×3 convs: nn.Conv2d, which on a CPU under torch.compile goes through an op of our own.
 
 PyTorch's CPU convolution chooses its kernel by `batch >= 16`, and torch.compile turns that choice into a guard: a model
 compiled with a dynamic batch would be compiled again at 16 images. Behind an opaque op there is nothing to guard.
@@ -77,7 +77,7 @@ class StemConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x)
         weight = self.weight
         dtype = autocast_dtype(x)
