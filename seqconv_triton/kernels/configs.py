@@ -22,9 +22,9 @@ from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
 # Kernel families, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
-    "convolution": ("gfx", "sm_8"),
-    "transposed": ("gfx", "sm_8"),
-    "pull": ("gfx", "sm_8"),
+    "convolution": ("gfx", "sm_8", "sm_12"),
+    "transposed": ("gfx", "sm_8", "sm_12"),
+    "pull": ("gfx", "sm_8", "sm_12"),
     "weight_gradient": ("gfx", "sm_10", "sm_12"),
 }
 WITH_SUMS = ("convolution", "transposed", "pull")  # families whose tiles of pixels leave sums in `launch.Scratch`
