@@ -63,6 +63,30 @@ def test_exported_program_is_plain_pytorch(tmp_path: Path) -> None:
     run_elsewhere(tmp_path, "export", tmp_path / "model.pt2", inputs, outputs, needs_ops=False)
 
 
+STRICT = {
+    "imagenet": small_imagenet,
+    "cifar": lambda: sct.CifarSeqResNet(8, 1),
+    "cifar-dense": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, windowed=False),
+}
+
+
+@facility("torch.export(strict=True), too: folded or not, evaluation")
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "plain"])
+@pytest.mark.parametrize("case", STRICT)
+def test_strictly_exported(case: str, folded: bool) -> None:
+    """Dynamo traces every line of ours then, on every Python; a new plan, that nobody has looked at."""
+    torch._dynamo.reset()
+    model = randomise(STRICT[case](), layer_b=0.3).eval()
+    model = sct.fuse(model) if folded else model
+    x = torch.randn(2, 3, 40, 40)
+    programs = [torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict) for strict in (True, False)]
+    other = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        for program in programs:
+            assert not any("seqconv" in str(node.target) for node in program.graph.nodes)
+            assert error(program.module()(other), model(other)) < 1e-5
+
+
 @facility("torch.export with the fused ops kept (use_backend), loaded with the package imported")
 def test_exported_program_with_our_ops(tmp_path: Path) -> None:
     model, inputs, outputs = small()

@@ -18,7 +18,8 @@ class Features:
     """Activated features in the order of the buffer: the input, then every group's."""
 
     def __init__(self, x: Tensor, k: int) -> None:
-        self.x, self.outputs, self.k = x, list[Tensor](), k
+        self.x, self.k = x, k
+        self.outputs: list[Tensor] = []
 
     def window(self, start: int, count: int) -> Tensor:
         """Channels [start, start + count); the paper's windows begin and end between two groups."""
