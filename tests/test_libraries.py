@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import error, randomise, small_imagenet
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
 
@@ -78,3 +79,23 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
             for _ in range(2):
                 assert torch.equal(twin(x), expected)
                 assert twin.stages[0].norm.weight.is_meta
+
+
+@facility("Multiply-adds by fvcore; by ptflops and torch.profiler under the reference backend")
+def test_counters() -> None:
+    """As docs/facilities.md says, beside FlopCounterMode, which tests/test_tools.py compares with plain convs."""
+    model = small_imagenet().eval()
+    x = torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    expected = counter.get_total_flops() / 2
+    fvcore = library("fvcore.nn").FlopCountAnalysis(model, x).unsupported_ops_warnings(False)
+    convs = sum(fvcore.uncalled_modules_warnings(False).by_operator()[kind] for kind in ("conv", "linear"))
+    ptflops = library("ptflops").get_model_complexity_info
+    with sct.use_backend("reference"), torch.no_grad():
+        counted, _ = ptflops(model, (3, 64, 64), as_strings=False, print_per_layer_stat=False, backend="aten")
+        with torch.profiler.profile(with_flops=True) as profiler:
+            model(x)
+    profiled = sum(event.flops for event in profiler.key_averages() if event.key in ("aten::conv2d", "aten::addmm")) / 2
+    assert convs == expected and profiled == expected
+    assert expected <= counted < 1.05 * expected  # with what BNs do

@@ -200,6 +200,17 @@ def test_hooks_on_every_module_of_a_network() -> None:
     assert norms and all(called.count(name) == 1 for name in norms)
 
 
+def test_hooks_where_images_are_nan() -> None:
+    """Some tools run a model on memory as they find it."""
+    layer, _ = pair(bottleneck=True)
+    seen = Seen(*named(layer.eval()))
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    x[1] = torch.nan
+    out = layer(x)
+    assert out[0].isfinite().all() and out[1].isnan().all()
+    assert all(t[0].isfinite().all() for t in seen.tensors().values())
+
+
 def test_hooks_where_tensors_have_no_values() -> None:
     """On the meta device and in FakeTensorMode, as summaries use them."""
     with FakeTensorMode():
