@@ -199,12 +199,12 @@ class Plan:
         places = [(0, self.in_channels), *((self.slot(j), self.group_width) for j in range(len(self.groups)))]
         spans = []
         for start, count in places:
-            found = [
+            readers = [
                 i
                 for i, group in enumerate(self.groups)
                 if group.window_start < start + count and start < group.window_start + group.window_width
             ]
-            spans.append((found[0], found[-1] + 1) if found else (0, 0))
+            spans.append((readers[0], readers[-1] + 1) if readers else (0, 0))
         return tuple(spans)
 
     def slot(self, j: int) -> int:
@@ -251,30 +251,16 @@ class Plan:
 
     def __str__(self) -> str:
         """A line about the groups, their picture, a line about the tail."""
-        k, widths = self.group_width, sorted({group.window_width for group in self.groups})
-        window = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        k, tail, windows = self.group_width, self.tail, sorted({group.window_width for group in self.groups})
+        window = f"{windows[0]}" if len(windows) == 1 else f"{windows[0]} to {windows[-1]}"
         conv = "1×1 and 3×3" if self.bottleneck else "3×3"
         subgroups = f" in {self.subgroups} subgroups" if self.subgroups > 1 else ""
-        head = (
-            f"{self.in_channels} channels + {len(self.groups)} groups of {k}, window {window}, {conv} conv{subgroups}"
-        )
-        picture = draw(
-            (
-                (
-                    (group.window_start, group.window_width),
-                    (self.slot(j), k),
-                    None if group.residual_start is None else (group.residual_start, k),
-                )
-                for j, group in enumerate(self.groups)
-            ),
-            self.in_channels,
-            k,
-            self.total_channels,
-        )
-        if self.tail is None:
-            return f"{head}\n{picture}"
-        size = f"{self.tail.kernel_size}×{self.tail.kernel_size}"
+        head = f"{self.in_channels} channels + {len(self.groups)} groups of {k}, window {window}, {conv} conv"
+        rows = [(g.window_start, g.window_width, self.slot(j), g.residual_start) for j, g in enumerate(self.groups)]
+        text = f"{head}{subgroups}\n{draw(rows, k, self.in_channels, self.total_channels)}"
+        if tail is None:
+            return text
         return (
-            f"{head}\n{picture}\ntail: {size} conv, stride {self.tail.stride}, {self.tail.groups} groups, "
-            f"reads the last {self.read_channels} channels, gives {self.tail.out_channels}"
+            f"{text}\ntail: {tail.kernel_size}×{tail.kernel_size} conv, stride {tail.stride}, {tail.groups} groups, "
+            f"reads the last {self.read_channels} channels, gives {tail.out_channels}"
         )

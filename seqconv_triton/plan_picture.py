@@ -9,24 +9,21 @@ MAX_COLUMNS = 96
 MAX_ROWS = 24
 LEGEND = "= window   # written   + raw shortcut   . older features"
 
-# First channel and number of channels.
-Span = tuple[int, int]
+# Of a group: the window's first channel and width, the first channel written, the first of the shortcut.
+Row = tuple[int, int, int, int | None]
 
 
-def draw(groups: Iterable[tuple[Span, Span, Span | None]], in_channels: int, group_width: int, total: int) -> str:
-    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over `total` channels.
-
-    A group is its window, its slot and, where it has one, its shortcut; slots have `group_width` channels.
-    """
+def draw(groups: Iterable[Row], group_width: int, in_channels: int, total: int) -> str:
+    """Rows of `.` (older features), `=` (the window), `#` (written) and `+` (raw shortcut) over `total` channels."""
     cell = math.gcd(in_channels, group_width)
     cell *= math.ceil(total / cell / MAX_COLUMNS)
     rows = []
-    for j, (window, slot, shortcut) in enumerate(groups):
-        row = ["."] * (slot[0] // cell)
-        for mark, span in (("=", window), ("+", shortcut), ("#", slot)):
-            if span is None:
+    for j, (window, window_width, slot, shortcut) in enumerate(groups):
+        row = ["."] * (slot // cell)
+        for mark, start, count in (("=", window, window_width), ("+", shortcut, group_width), ("#", slot, group_width)):
+            if start is None:
                 continue
-            first, last = span[0] // cell, max(span[0] // cell + 1, sum(span) // cell)
+            first, last = start // cell, max(start // cell + 1, (start + count) // cell)
             row += ["."] * (last - len(row))
             row[first:last] = mark * (last - first)
         rows.append(f"{j:>4}  {''.join(row)}")

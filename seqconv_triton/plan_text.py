@@ -31,7 +31,7 @@ def encode(plan: Plan) -> str:
 def decode(text: str) -> Plan:
     """The inverse of `encode`; the same object for the same text, so that what the plan has computed is kept."""
     kind, source, layers, read, end = text.split(" | ")
-    width, shape, subgroups = kind.split()
+    group_width, shape, subgroups = kind.split()
     parsed = []
     for item in layers.split():
         channels = item.rstrip("wre")
@@ -40,5 +40,5 @@ def decode(text: str) -> Plan:
         parsed.append(Layer(in_channels, out_channels, "w" in flags, "r" in flags, "e" in flags))
     tail = None if end == "none" else Tail(*map(int, end.split()))
     return Plan(
-        tuple(parsed), int(width[1:]), shape == "bottleneck", int(subgroups[1:]), int(read), source == "raw", tail
+        tuple(parsed), int(group_width[1:]), shape == "bottleneck", int(subgroups[1:]), int(read), source == "raw", tail
     )

@@ -35,8 +35,8 @@ class AcrossRanks(NamedTuple):
     def meet(cls, name: str, x: Tensor) -> AcrossRanks:
         """Every rank of the named group tells the others how many pixels x [N, C, H, W] has."""
         group = process_group(name)
-        own = x.new_full((), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64)
-        return cls(group, _gather(own, group))
+        pixels = x.new_full((), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64)
+        return cls(group, _gather(pixels, group))
 
     def statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance over all ranks from each rank's own (Chan et al., 1983), in the order of ranks."""
@@ -50,23 +50,23 @@ class AcrossRanks(NamedTuple):
         return _gather(sums, self.group).sum(0) / self.counts.sum().to(sums.dtype)
 
 
-def _gather(own: Tensor, group: ProcessGroup) -> Tensor:
-    """[ranks, *own.shape]"""
-    gathered = own.new_empty((group.size(), *own.shape))
+def _gather(local: Tensor, group: ProcessGroup) -> Tensor:
+    """[ranks, *local.shape]"""
+    gathered = local.new_empty((group.size(), *local.shape))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
-    gather(gathered, own.contiguous()[None], group=group)
+    gather(gathered, local.contiguous()[None], group=group)
     return gathered
 
 
 @torch.library.custom_op("seqconv_triton::sum_over_ranks", mutates_args=())
-def sum_over_ranks(own: Tensor, group: str) -> Tensor:
+def sum_over_ranks(local: Tensor, group: str) -> Tensor:
     """The sum of every rank's tensor, in the order of ranks; an op, so that torch.compile need not look inside."""
-    return _gather(own, process_group(group)).sum(0)
+    return _gather(local, process_group(group)).sum(0)
 
 
 @sum_over_ranks.register_fake
-def _(own: Tensor, group: str) -> Tensor:
-    return torch.empty_like(own)
+def _(local: Tensor, group: str) -> Tensor:
+    return torch.empty_like(local)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:

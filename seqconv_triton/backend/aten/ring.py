@@ -26,13 +26,13 @@ class Ring:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, k = plan, plan.group_width
-        widths = [group.window_width for group in plan.groups]
-        widest, read, total = (-(-c // k) * k for c in (max(widths), plan.read_channels, plan.total_channels))
+        windows = [group.window_width for group in plan.groups]
+        widest, read, total = (-(-c // k) * k for c in (max(windows), plan.read_channels, plan.total_channels))
         # Columns outside a window cost a 1×1 conv little, a 3×3 conv nine times as much.
-        filled = plan.uniform or (plan.bottleneck and 2 * sum(widths) >= widest * len(widths))
+        filled = plan.uniform or (plan.bottleneck and 2 * sum(windows) >= widest * len(windows))
         self.whole = filled and plan.in_channels % k == 0 and output_parts(plan, widest) > 0
         self.channels = widest if self.whole else min(total, max(4 * widest, read))
-        self.fits = tuple(width == self.channels for width in widths)
+        self.fits = tuple(window == self.channels for window in windows)
         self.reads_unwritten = self.whole and not all(self.fits)
 
     def column(self, channel: int) -> int:
