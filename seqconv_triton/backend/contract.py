@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.packing import empty_channels_last, statistics_dtype
 from seqconv_triton.backend.ranks import AcrossRanks
 from seqconv_triton.plan import Plan
 
@@ -141,6 +140,23 @@ def with_statistics(norms: Norms, batch: BatchStatistics) -> Norms:
     if inner is not None:
         inner = inner._replace(mean=batch.inner_mean, var=batch.inner_var)
     return Norms(main._replace(mean=batch.mean, var=batch.var), inner)
+
+
+def empty_channels_last(
+    like: Tensor,
+    channels: int,
+    height: int,
+    width: int,
+    empty_strided: Callable[..., Tensor] = Tensor.new_empty_strided,
+) -> Tensor:
+    """An uninitialised [N, channels, height, width] tensor with channels-last strides, N and dtype as `like`."""
+    strides = (height * width * channels, 1, width * channels, channels)
+    return empty_strided(like, (like.shape[0], channels, height, width), strides)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are kept in float32, and in float64 for float64 features."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_outputs(

@@ -1,14 +1,10 @@
-"""Packed weights seen as one weight per group, and buffers in channels-last order."""
+"""Packed weights, and dropout masks, seen as one for each group."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from seqconv_triton.plan import Plan
@@ -42,20 +38,3 @@ def group_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     if plan.tail is not None:
         sizes.append(plan.read_channels)
     return mask.split(sizes, dim=1)
-
-
-def empty_channels_last(
-    like: Tensor,
-    channels: int,
-    height: int,
-    width: int,
-    empty_strided: Callable[..., Tensor] = torch.Tensor.new_empty_strided,
-) -> Tensor:
-    """An uninitialised [N, channels, height, width] tensor with channels-last strides, N and dtype as `like`."""
-    strides = (height * width * channels, 1, width * channels, channels)
-    return empty_strided(like, (like.shape[0], channels, height, width), strides)
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are kept in float32, and in float64 for float64 features."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton.backend.packing import empty_channels_last
+from seqconv_triton.backend.contract import empty_channels_last
 from seqconv_triton.nn.layers import fan_out_uniform_
 from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
 

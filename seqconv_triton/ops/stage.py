@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend import backend_for, reference, traced
-from seqconv_triton.backend.contract import Convs, Norms, NormVectors, StageArguments, StageOutput, StatisticsMode
-from seqconv_triton.backend.packing import statistics_dtype
+from seqconv_triton.backend.contract import (
+    Convs,
+    Norms,
+    NormVectors,
+    StageArguments,
+    StageOutput,
+    StatisticsMode,
+    statistics_dtype,
+)
 from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
 from seqconv_triton.ops.checks import check_images, check_stage
 from seqconv_triton.ops.flops import register_flops

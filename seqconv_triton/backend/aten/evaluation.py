@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten.groups import Shortcuts
 from seqconv_triton.backend.aten.output import Output
 from seqconv_triton.backend.aten.packed import packed, packed_convolution
-from seqconv_triton.backend.aten.parts import Images, convolution, onednn_takes, pixels, pointwise
+from seqconv_triton.backend.aten.parts import Images, Shortcuts, convolution, onednn_takes, pixels, pointwise
 from seqconv_triton.backend.aten.ring import Features, ring_of
 from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding, GroupWeights

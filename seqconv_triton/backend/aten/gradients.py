@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten.groups import Groups
-from seqconv_triton.backend.aten.parts import add_product_, pixels, product_over_pixels, worth_onednn
+from seqconv_triton.backend.aten.parts import Groups, add_product_, pixels, product_over_pixels, worth_onednn
 
 aten = torch.ops.aten
 

@@ -1,10 +1,15 @@
-"""Rows and images, and the convs of the aten backend on either."""
+"""What the aten backend's passes share: rows and images, convs on either, BN, a stage's groups, shortcuts."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from seqconv_triton.backend.aten.ring import ring_of
+from seqconv_triton.backend.contract import NormVectors, StageArguments
+from seqconv_triton.backend.packing import reduce_matrices, transform_weights
+from seqconv_triton.plan import Plan
 
 aten = torch.ops.aten
 
@@ -76,3 +81,100 @@ def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
         images(grad), images(rows), like, None, one, none, one, False, none, 1, [False, True, False]
     )[1]
     return dw.flatten(1)
+
+
+class Norm:
+    """BNs of channels from `first` on. Batch statistics are taken and stored, running ones are only applied."""
+
+    def __init__(self, vectors: NormVectors, stage: StageArguments, first: int = 0) -> None:
+        weight, bias, mean, var = vectors
+        if mean is None or var is None:
+            mean, var = torch.zeros_like(bias), torch.ones_like(bias)
+        self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, stage.eps
+        self.batch, self.ranks, self.first = stage.statistics == "batch", stage.ranks, first
+
+    def _channels(self, start: int, raw: Tensor) -> slice:
+        return slice(start - self.first, start - self.first + raw.shape[1])
+
+    def normalize(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
+        if not self.batch:
+            return self.apply(raw, start)
+        channels = self._channels(start, raw)
+        if self.ranks is not None:
+            var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
+            self.mean[channels], self.var[channels] = self.ranks.statistics(mean, var)
+            return self.apply(raw, start)
+        weight, bias = self.weight[channels], self.bias[channels]
+        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+        self.mean[channels] = mean
+        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
+        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
+        return out
+
+    def apply(self, raw: Tensor, start: int) -> Tensor:
+        """BN of channels [start, …) with known statistics."""
+        channels = self._channels(start, raw)
+        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
+        out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
+        return out
+
+    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
+        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
+        channels = self._channels(start, raw)
+        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
+        inverse = (var + self.eps).rsqrt()
+        if self.batch and self.ranks is not None:
+            precise = grad.to(mean.dtype)
+            normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
+            sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
+            d_bias[channels], d_weight[channels] = sums
+            mean_g, mean_gx = self.ranks.means(sums)[:, :, None, None].unbind()
+            return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
+        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
+            grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
+        )
+        return d_raw
+
+
+class Groups:
+    """A stage's groups on images like `like`; weights and masks over windows lie as the ring's columns do."""
+
+    def __init__(self, stage: StageArguments, like: Tensor) -> None:
+        plan, (main, inner) = stage.plan, stage.norms
+        self.plan, self.ring, self.images = plan, ring_of(plan), Images(like)
+        self.norm = Norm(main, stage, plan.total_channels - plan.normalized_channels)
+        self.inner = None if inner is None else Norm(inner, stage)
+        self.reduce = reduce_matrices(stage.convs.reduce, plan)
+        self.transform = transform_weights(stage.convs.transform, plan)
+        self.masks = None if stage.mask is None else self.ring.place_masks(stage.mask.to(like.dtype))
+        self.subgroups = plan.subgroups if plan.bottleneck else 1
+
+    def pixel_mask(self, j: int) -> Tensor | None:
+        """Group j's dropout mask for every pixel of what it reads."""
+        return None if self.masks is None else self.images.pixel_mask(self.masks[j])
+
+    def placed_reduce(self, j: int) -> Tensor:
+        return self.ring.place(self.reduce[j], j)
+
+    def placed_transform(self, j: int) -> Tensor:
+        return self.transform[j] if self.plan.bottleneck else self.ring.place(self.transform[j], j)
+
+
+class Shortcuts:
+    """What is added to the raw outputs of layers B: raw channels kept until then, or a single layer's shortcut."""
+
+    def __init__(self, plan: Plan, rows: Tensor, shortcut: Tensor | None) -> None:
+        self.plan, self.shortcut, k = plan, shortcut, plan.group_width
+        self.awaited = {group.residual_start for group in plan.groups}
+        self.raw = {c: rows[:, c : c + k] for c in self.awaited if c is not None and c < plan.in_channels}
+
+    def pass_on(self, j: int, y: Tensor, images: Images) -> None:
+        """Add to y [N, k, H, W], group j's 3×3 conv, what belongs there, and remember it where it is added later."""
+        start, k = self.plan.groups[j].residual_start, self.plan.group_width
+        if self.shortcut is not None:
+            y += self.shortcut[:, j * k : (j + 1) * k]
+        elif start is not None:
+            y += images(self.raw.pop(start))
+        if self.plan.slot(j) in self.awaited:
+            self.raw[self.plan.slot(j)] = pixels(y)

@@ -16,9 +16,8 @@ from torch import Tensor
 from seqconv_triton.backend.aten import memory
 from seqconv_triton.backend.aten.evaluation import evaluate
 from seqconv_triton.backend.aten.gradients import FeatureGradients, RawFeatures
-from seqconv_triton.backend.aten.groups import Groups, Shortcuts
 from seqconv_triton.backend.aten.output import Output
-from seqconv_triton.backend.aten.parts import convolution, pixels, pointwise
+from seqconv_triton.backend.aten.parts import Groups, Shortcuts, convolution, pixels, pointwise
 from seqconv_triton.backend.aten.ring import Features
 from seqconv_triton.backend.contract import (
     ForwardOutputs,

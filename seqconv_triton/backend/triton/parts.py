@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import NormVectors, StageArguments
-from seqconv_triton.backend.packing import empty_channels_last, window_weights
+from seqconv_triton.backend.contract import NormVectors, StageArguments, empty_channels_last
+from seqconv_triton.backend.packing import window_weights
 from seqconv_triton.backend.ranks import AcrossRanks
 from seqconv_triton.kernels.configs import packing_factor
 from seqconv_triton.kernels.launch import INTERPRETED, BatchNorm, ConvShape, NormGradient, Windows, alignment
