@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import seqconv_triton as sct
 from seqconv_triton.backend.aten import evaluation as aten_evaluation
+from seqconv_triton.backend.aten.evaluation import FoldedGroups
 from seqconv_triton.backend.aten.ring import Ring
 from seqconv_triton.plan import Plan, Tail
 
@@ -108,10 +109,8 @@ def test_evaluation_without_gradients_takes_images_in_chunks(monkeypatch: pytest
         expected = stage(x)
     monkeypatch.setattr(aten_evaluation, "CHUNK_BYTES", 12 * 30 * 8 * 2)
     chunks = []
-    one_chunk = aten_evaluation._evaluate_chunk
-    monkeypatch.setattr(
-        aten_evaluation, "_evaluate_chunk", lambda x, *rest: chunks.append(x.shape[0]) or one_chunk(x, *rest)
-    )
+    begin = FoldedGroups.begin
+    monkeypatch.setattr(FoldedGroups, "begin", lambda self, x: chunks.append(x.shape[0]) or begin(self, x))
     with torch.no_grad():
         assert error(stage(x), expected) < TOLERANCE
     assert chunks == [2, 2, 1]

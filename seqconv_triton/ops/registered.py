@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten import training as aten
+from seqconv_triton.backend.aten import fused as aten
 from seqconv_triton.backend.contract import (
     BatchStatistics,
     Convs,

@@ -138,27 +138,45 @@ class Norm:
 
 
 class Groups:
-    """A stage's groups on images like `like`; weights and masks over windows lie as the ring's columns do."""
+    """A stage's groups on images like `like`, every BN on its own; z [J, N, H, W, k] is filled where it is kept.
 
-    def __init__(self, stage: StageArguments, like: Tensor) -> None:
+    Weights and masks over windows lie as the ring's columns do.
+    """
+
+    def __init__(self, stage: StageArguments, like: Tensor, z: Tensor | None = None) -> None:
         plan, (main, inner) = stage.plan, stage.norms
-        self.plan, self.ring, self.images = plan, ring_of(plan), Images(like)
+        self.plan, self.ring, self.images, self.z = plan, ring_of(plan), Images(like), z
         self.norm = Norm(main, stage, plan.total_channels - plan.normalized_channels)
         self.inner = None if inner is None else Norm(inner, stage)
         self.reduce = reduce_matrices(stage.convs.reduce, plan)
         self.transform = transform_weights(stage.convs.transform, plan)
-        self.masks = None if stage.mask is None else self.ring.place_masks(stage.mask.to(like.dtype))
         self.subgroups = plan.subgroups if plan.bottleneck else 1
-
-    def pixel_mask(self, j: int) -> Tensor | None:
-        """Group j's dropout mask for every pixel of what it reads."""
-        return None if self.masks is None else self.images.pixel_mask(self.masks[j])
 
     def placed_reduce(self, j: int) -> Tensor:
         return self.ring.place(self.reduce[j], j)
 
     def placed_transform(self, j: int) -> Tensor:
         return self.transform[j] if self.plan.bottleneck else self.ring.place(self.transform[j], j)
+
+    def activate_input(self, x: Tensor, pieces: list[tuple[slice, Tensor]]) -> None:
+        """Fill the columns of the input, given as parts of its channels and where each belongs."""
+        rows = pixels(self.norm.normalize(x, 0)) if self.plan.raw_input else pixels(x)
+        for part, into in pieces:
+            torch.clamp_min(rows[:, part], 0, out=into) if self.plan.raw_input else into.copy_(rows[:, part])
+
+    def convolve(self, j: int, window: Tensor) -> Tensor:
+        """Group j's convs over what it reads, rows [P, columns]: its raw output [N, k, H, W]."""
+        if self.inner is not None:
+            k = self.plan.group_width
+            z = pointwise(window, self.placed_reduce(j), None, self.images)
+            if self.z is not None:
+                self.z[j].view(-1, k).copy_(z)
+            window = pixels(self.inner.normalize(self.images(z), j * k).relu_())
+        return convolution(self.images(window), self.placed_transform(j), None, 1, self.subgroups)
+
+    def activate(self, j: int, y: Tensor, into: Tensor) -> None:
+        """BN-ReLU of group j's raw output, to rows."""
+        torch.clamp_min(pixels(self.norm.normalize(y, self.plan.slot(j))), 0, out=into)
 
 
 class Shortcuts:

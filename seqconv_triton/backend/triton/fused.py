@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten import training as aten
+from seqconv_triton.backend.aten import fused as aten
 from seqconv_triton.backend.contract import ForwardOutputs, Gradients, Needs, StageArguments
 from seqconv_triton.backend.triton.backward import launch_backward
 from seqconv_triton.backend.triton.forward import launch_forward
