@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     places: Places
 
 
-_programs: OrderedDict[Hashable, list[Entry]] = OrderedDict()
+_programs: OrderedDict[Hashable, list[Entry] | None] = OrderedDict()  # None: cannot be replayed
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
@@ -57,13 +57,14 @@ def replayed(name: Hashable, memory: tuple[Any, ...], launches: Callable[[], Non
         launches()
         return
     key = (name, pinned(), launch.precision(torch.float32), *(_signature(tensor) for tensor in tensors))
-    program = _programs.get(key)
+    if key not in _programs:
+        _programs[key] = _noted(tensors, launches)
+        while len(_programs) > MOST:
+            _programs.popitem(last=False)
+        return
+    program = _programs[key]
     if program is None:
-        program = _noted(tensors, launches)
-        if program is not None:
-            _programs[key] = program
-            while len(_programs) > MOST:
-                _programs.popitem(last=False)
+        launches()
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
     stream = triton.runtime.driver.active.get_current_stream(triton.runtime.driver.active.get_current_device())
@@ -76,8 +77,8 @@ def replayed(name: Hashable, memory: tuple[Any, ...], launches: Callable[[], Non
 
 def replayable(tensors: list[Tensor]) -> bool:
     """Whether nobody listens, and kernels are really compiled and launched."""
-    hooks = triton.knobs.runtime
-    watched = launch.listening() or hooks.launch_enter_hook is not None or hooks.launch_exit_hook is not None
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    watched = launch.listening() or any(getattr(hook, "calls", hook) for hook in hooks)
     return not (watched or launch.INTERPRETED or any(tensor.is_meta for tensor in tensors))
 
 

@@ -215,6 +215,8 @@ def conv_gradient(
     """
     factor = packing_factor(shape.c_out // shape.group_out, shape.group_in, shape.group_out)
     row_tile = channel_tile(shape.c_out, factor * shape.group_out)
+    if 1 < factor == shape.c_out // shape.group_out:  # a smaller tile might begin or end inside a conv group
+        row_tile = shape.c_out
     reach = covered(row_tile, shape.group_out, shape.group_in, shape.c_out, shape.total_in)
     bits, rows = table or (None, None)
     return _launch(

@@ -129,7 +129,7 @@ def convolution(plan: Plan, a: Arguments) -> Work:
     kind = _kind(plan, a["KERNEL"], a["STRIDE"], a["C_OUT"])
     real = weights if kind != "tail" else math.prod(plan.tail_weight_shape or ())
     if kind == "3×3" and plan.bottleneck:
-        real = weights // plan.subgroups
+        real = math.prod(plan.transform_weight_shape) // len(plan.groups)
     steps = (_steps(a["c_in"] - a["NEWEST"], a["BLOCK_K"]) * area,)
     if a["NEWEST"]:
         steps = (*([steps[0]] if steps[0] else []), _steps(a["NEWEST"], a["BLOCK_K"]))
@@ -145,7 +145,11 @@ def transposed(plan: Plan, a: Arguments) -> Work:
     channels = a["C"] // a["GROUP_IN"] * a["GROUP_OUT"]
     elements = behind * channels + weights + pixels * a["C"] * (1 if a["raw_ptr"] is None else 2)
     inside = a["raw_ptr"] is not None
-    real = weights // plan.subgroups if inside else math.prod(plan.tail_weight_shape or ())
+    real = (
+        math.prod(plan.transform_weight_shape) // len(plan.groups)
+        if inside
+        else math.prod(plan.tail_weight_shape or ())
+    )
     steps = (_steps(a["GROUP_OUT"], a["BLOCK_K"]) * area / classes,)
     return Work(
         f"transposed {'3×3' if inside else 'tail'}", 2 * behind * real, elements * size, tile=_tile(a), steps=steps

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.contract import Gradients, Needs, StageArguments, empty_gradients
+from seqconv_triton.backend.contract import Gradients, StageArguments
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.triton.parts import (
     Geometry,
@@ -47,13 +48,13 @@ class Pass:
 
     def __init__(
         self, d_out: Tensor | None, d_buffer: Tensor | None, buffer: Tensor, z: Tensor | None, stage: StageArguments,
-        needs: Needs,
+        gradients: Gradients,
     ) -> None:  # fmt: skip
         self.stage, self.plan, self.eps = stage, stage.plan, stage.eps
         self.mask = None if stage.mask is None else stage.mask.contiguous()
         plan, k, count = self.plan, self.plan.group_width, len(self.plan.groups)
         self.batch = stage.statistics == "batch"
-        self.gradients = empty_gradients(buffer, stage, needs)
+        self.gradients = gradients
         self.geometry = Geometry(plan, buffer)
         self.windows = self.geometry.readers()
         pixels = self.geometry.pixels
@@ -73,7 +74,12 @@ class Pass:
         self.dz = buffer.new_empty((count, pixels, k)) if plan.bottleneck else self.dy
         self.scratch = Scratch.allocate(buffer, pixels, max(k, plan.in_channels))
         self.table = None if self.geometry.inside.kernel == 1 else pixel_table(self.geometry.inside, buffer)
+        first = plan.total_channels - plan.read_channels
         self.upstream = None if d_out is None else self.through_tail(rows(channels_last(d_out)))
+        # From the beginning of a slot, or of the input: what is in front of the channels that leave gets no gradient.
+        self.first = first - (first - plan.in_channels) % k if first >= plan.in_channels else 0
+        if self.upstream is not None and first > self.first:
+            self.upstream = F.pad(self.upstream, (first - self.first, 0))
         if d_out is None and g.tail_weight is not None:
             g.tail_weight.zero_()
         self.transposed = packed(self.geometry.inside)
@@ -127,7 +133,7 @@ class Pass:
         into = self.gradients.tail_weight
         if into is not None:
             norm, identity = self.norms.behind(first)
-            table = None if shape.kernel == 1 else pixel_table(shape, d_out)
+            table = None if shape.kernel == shape.stride == 1 else pixel_table(shape, d_out)
             flat = conv_gradient(
                 d_out[None], repeated(self.raw[:, first:], repeats)[None], shape, into.numel(),
                 norm=padded(norm, identity, repeats), identity=identity, table=table,
@@ -148,10 +154,9 @@ class Pass:
 
     def outside(self, c: int, channels: int) -> Tensor | None:
         """What reaches activated channels from behind the stage."""
-        first = self.plan.total_channels - self.plan.read_channels
-        if self.upstream is None or c < first:
+        if self.upstream is None or c < self.first:
             return None
-        return self.upstream[:, c - first : c - first + channels]
+        return self.upstream[:, c - self.first : c - self.first + channels]
 
 
 def launch_backward(
@@ -160,10 +165,10 @@ def launch_backward(
     buffer: Tensor,
     z: Tensor | None,
     stage: StageArguments,
-    needs: Needs,
-) -> Gradients:
-    """All launches of a backward pass, and what they fill."""
-    run = Pass(d_out, d_buffer, buffer, z, stage, needs)
+    gradients: Gradients,
+) -> None:
+    """All launches of a backward pass, which fill `gradients`."""
+    run = Pass(d_out, d_buffer, buffer, z, stage, gradients)
     if stage.ranks is not None:  # which talk between launches
         through_groups(run)
     else:
@@ -176,7 +181,6 @@ def launch_backward(
         images = run.dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
         run.gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
     weight_gradients(run)
-    return run.gradients
 
 
 def through_groups(run: Pass) -> None:
@@ -235,10 +239,15 @@ def to_input(run: Pass, newest: NewestGradient | None) -> None:
         return
     # The first block's shortcuts lead here, one group after the other, from channel 0 on.
     receivers = [j for j, group in enumerate(plan.groups) if group.residual_start in range(channels)]
-    passed = run.dy[receivers[0] : receivers[-1] + 1] if receivers else None
+    whole = [plan.groups[j].residual_start for j in receivers] == [*range(0, channels, plan.group_width)]
+    passed = run.dy[receivers[0] : receivers[-1] + 1] if whole else None
     d_raw = None if run.d_raw is None else run.d_raw[:, :channels]
     if coefficients is not None or passed is not None or d_raw is not None:
         norm_gradient(g, raw, coefficients, dx, upstream=d_raw, passed=passed)
+    for j in () if whole else receivers:
+        start = plan.groups[j].residual_start
+        assert start is not None
+        dx[:, start : start + plan.group_width] += run.dy[j][:, : channels - start]
 
 
 def weight_gradients(run: Pass) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend.aten import fused as aten
-from seqconv_triton.backend.contract import ForwardOutputs, Gradients, Needs, StageArguments
+from seqconv_triton.backend.contract import ForwardOutputs, Gradients, Needs, StageArguments, empty_gradients
 from seqconv_triton.backend.triton.backward import launch_backward
 from seqconv_triton.backend.triton.forward import launch_forward
-from seqconv_triton.backend.triton.parts import check
+from seqconv_triton.backend.triton.parts import check, dense
 from seqconv_triton.kernels.launch import precision
 
 
@@ -25,9 +25,10 @@ def forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
     """As `contract.FusedBackend` says. Raises TypeError or ValueError for what the kernels do not take."""
+    if exact(x):
+        return aten.forward(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
     check(x, stage.plan)
-    launch = aten.forward if exact(x) else launch_forward
-    return launch(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
+    return launch_forward(x, shortcut, dense(stage), keep=keep, keep_inner=keep_inner)
 
 
 def backward(
@@ -39,6 +40,9 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """As `contract.FusedBackend` says."""
+    if exact(buffer):
+        return aten.backward(d_out, d_buffer, buffer, z, stage, needs)
     check(buffer, stage.plan)
-    launch = aten.backward if exact(buffer) else launch_backward
-    return launch(d_out, d_buffer, buffer, z, stage, needs)
+    gradients = empty_gradients(buffer, stage, needs)
+    launch_backward(d_out, d_buffer, buffer, z, dense(stage), gradients)
+    return gradients

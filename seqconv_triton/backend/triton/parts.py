@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.contract import NormVectors, StageArguments, empty_channels_last
+from seqconv_triton.backend.contract import Norms, NormVectors, StageArguments, empty_channels_last
 from seqconv_triton.backend.packing import window_weights
 from seqconv_triton.backend.ranks import AcrossRanks
 from seqconv_triton.kernels.configs import packing_factor
@@ -30,6 +30,20 @@ def check(x: Tensor, plan: Plan) -> None:
             f"the tail's kernel_size ({plan.tail.kernel_size}) must be at most {MOST_TAPS} in the triton backend "
             '(use_backend("aten"))'
         )
+
+
+def dense(stage: StageArguments) -> StageArguments:
+    """The stage with its vectors and 1×1 weights without gaps, as the kernels address them; 3×3 ones are laid out."""
+    convs, norms = stage.convs, stage.norms
+
+    def packed_vectors(norm: NormVectors) -> NormVectors:
+        weight, bias, mean, var = (None if vector is None else vector.contiguous() for vector in norm)
+        assert weight is not None and bias is not None
+        return NormVectors(weight, bias, mean, var)
+
+    inner = None if norms.inner is None else packed_vectors(norms.inner)
+    reduce = None if convs.reduce is None else convs.reduce.contiguous()
+    return stage._replace(convs=convs._replace(reduce=reduce), norms=Norms(packed_vectors(norms.main), inner))
 
 
 class Geometry:
