@@ -129,7 +129,7 @@ inline void convert_pair(const Operands& on, u16 (*narrow)(f32)) {
     u32 *d = on.slot(0), *a = on.slot(1), *b = on.slot(2);
     auto clamped = [&](u32 bits) {
         f32 x = std::bit_cast<f32>(bits);
-        return on.flag(RELU) ? greater(x, 0, true) : x;
+        return on.flag(RELU) ? greater(x, 0.0f, true) : x;
     };
     each_lane(on.mask, [&](int l) { d[l] = u32(narrow(clamped(a[l]))) << 16 | narrow(clamped(b[l])); });
 }

@@ -91,14 +91,15 @@ template <class T> inline void put(u32* slot, int lane, T value) {
 }
 
 // min and max ignore a NaN beside a number, unless the instruction says .NaN.
-inline f32 lesser(f32 a, f32 b, bool nan_wins) {
+template <class T> inline T lesser(T a, T b, bool nan_wins) {
     if (std::isnan(a) || std::isnan(b)) {
-        if (nan_wins || (std::isnan(a) && std::isnan(b))) return std::bit_cast<f32>(0x7fffffff);
+        bool both = std::isnan(a) && std::isnan(b);
+        if (nan_wins || both) return T(std::bit_cast<f32>(0x7fffffff));
         return std::isnan(a) ? b : a;
     }
     return a < b || (a == b && std::signbit(a)) ? a : b;
 }
-inline f32 greater(f32 a, f32 b, bool nan_wins) {
+template <class T> inline T greater(T a, T b, bool nan_wins) {
     if (std::isnan(a) || std::isnan(b)) return lesser(a, b, nan_wins);
     return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
