@@ -13,15 +13,17 @@ from emulator.build import NoCompiler, compiler
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 TESTS = Path(__file__).parent
+ARCHITECTURES, DTYPES = ("sm_80", "sm_90"), ("fp16", "bf16", "tf32")
 RUNS = {
     "single instructions": ["emulator/test_instructions.py"],
     "sample kernels": ["emulator/test_sample_kernels.py", "emulator/test_faults.py"],
-    "kernels alone, sm_80": ["-p", "emulator.alone", "--emulate", "sm_80", "test_kernels.py"],
-} | {
-    f"cases, {architecture}, {dtype}": ["emulator/test_cases.py", "-k", f"{architecture} and {dtype}"]
-    for architecture in ("sm_80",)
-    for dtype in ("fp16", "bf16", "tf32")
+    "texts": ["emulator/test_reading.py"],
 }
+for number, architecture in enumerate(ARCHITECTURES):
+    options = ["--emulate", architecture, "--share", f"{number}/{len(ARCHITECTURES)}"]
+    RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options, "test_kernels.py"]
+    for dtype in DTYPES:
+        RUNS[f"cases, {architecture}, {dtype}"] = ["emulator/test_cases.py", "-k", f"{architecture} and {dtype}"]
 
 
 @pytest.mark.parametrize("run", RUNS)

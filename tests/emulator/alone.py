@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -19,17 +20,24 @@ os.environ["TRITON_INTERPRET"] = "0"  # before tests/conftest.py asks for the in
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulate", default="sm_80", help="the architecture that kernels are compiled for")
     parser.addoption("--seed", type=int, default=1, help="the order of programs and warps")
+    parser.addoption("--share", default="0/1", help="i/n runs the i-th of n parts of the tests, as their names fall")
     parser.addoption("--record", help="a file that gets a line of JSON a test: launches, instructions, findings")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--share").split("/"))
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
 
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[None]:
-    from emulator.check import allowed_on_a_cpu
+    from emulator.check import allowed_on_a_cpu, float32_products
     from emulator.driver import Emulator
     from seqconv_triton.kernels.configs import assume, use_tables
 
     architecture, seed, record = map(request.config.getoption, ("--emulate", "--seed", "--record"))
-    with allowed_on_a_cpu(), assume(architecture), use_tables(), Emulator(architecture, seed) as gpu:
+    exact = float32_products("ieee")
+    with exact, allowed_on_a_cpu(), assume(architecture), use_tables(), Emulator(architecture, seed) as gpu:
         yield
     if record:
         with open(record, "a", encoding="utf-8") as file:

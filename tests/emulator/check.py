@@ -54,6 +54,14 @@ def emulated(case: Case, architecture: str, seed: int, tables: Sequence[Table] =
             for family in TWO_STAGES:
                 stack.enter_context(pin(family, case.tiles, case.tiles))
         stack.enter_context(sct.use_backend("triton"))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        replayable = replay.replayable
+
+        def hear(tensors: list[Tensor]) -> bool:
+            gpu.addressed = tensors
+            return replayable(tensors)
+
+        patch.setattr(replay, "replayable", hear)
         yield gpu
 
 
@@ -62,7 +70,6 @@ def allowed_on_a_cpu() -> Iterator[None]:
     """CPU tensors pass the backend's checks, memory that nobody wrote is NaN, TF32 where `tf32`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "INTERPRETED", True)
-        patch.setattr(replay, "replayable", lambda tensors: False)  # the emulator is handed tensors, no addresses
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True)
         yield
@@ -104,12 +111,13 @@ def check(
         for seed in seeds:
             with emulated(case, architecture, seed, tables) as gpu:
                 got = everything(module, x, case.run)
+                first = first or got
+                compare_bits(outcome, first, got, f"seed {seeds[0]} and seed {seed}")
+                if seed == seeds[-1]:
+                    compare_bits(outcome, got, everything(module, x, case.run), "a first run and a replayed one")
+                    if not gpu.by_address:
+                        outcome.complaints.append("no launch was replayed")
             note(outcome, gpu)
-            first = first or got
-            outcome.complaints += [
-                f"{name} of seed {seed} differs from seed {seeds[0]}"
-                for name, value in got.items() if not same_bits(value, first[name])
-            ]  # fmt: skip
         with emulated(case, architecture, seeds[-1], tables) as gpu, pytest.MonkeyPatch.context() as patch:
             torch.manual_seed(5)
             pairs = compare(copy.deepcopy(module), x, patch)
@@ -121,6 +129,10 @@ def check(
         if not size <= limit[dtype_name]:
             outcome.complaints.append(f"{name} is {size:.1e} from float64, and {limit[dtype_name]:.1e} is allowed")
     return outcome
+
+
+def compare_bits(outcome: Outcome, a: dict[str, Tensor], b: dict[str, Tensor], what: str) -> None:
+    outcome.complaints += [f"{name} differs between {what}" for name in a if not same_bits(a[name], b[name])]
 
 
 def note(outcome: Outcome, gpu: Emulator) -> None:

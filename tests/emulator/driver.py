@@ -24,11 +24,10 @@ from triton.runtime import driver as registry
 
 from emulator import build, machine
 from emulator.ptx import parse
-from emulator.reading import undefined_controls
+from emulator.reading import read
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}  # bytes of one program
 FLOATS = {"fp16": ("e", "H"), "fp32": ("f", "I"), "fp64": ("d", "Q")}
-UNDEFINED = "guard, address or size in a register that nothing writes"
 STAGES = "the PTX stands for the machine code"
 
 
@@ -73,6 +72,7 @@ class Emulator:
         self.change, self.hear = change, hear
         self.results: list[tuple[str, machine.Result]] = []
         self.addressed: list[torch.Tensor] = []  # what launches that are handed bare addresses may touch
+        self.by_address = 0  # launches of that kind
         self.utils = self
         self.launcher_cls = _Launcher
         self._exit = ExitStack()
@@ -95,6 +95,7 @@ class Emulator:
         kernel = parse(function.ptx if self.change is None else self.change(function.name, function.ptx))
         values = [value for _, value in launch.arguments]
         by_address = any(kind[0] == "*" and isinstance(value, int) for kind, value in launch.arguments)
+        self.by_address += by_address
         memory = {}
         for value in values + self.addressed * by_address:
             if isinstance(value, torch.Tensor):
@@ -107,7 +108,8 @@ class Emulator:
         result = machine.launch(
             kernel, launch.grid, bits, list(memory.items()), function.shared, schedule, track=self.track
         )
-        result.reports.extend(machine.unexecuted(UNDEFINED, kernel, pc) for pc in undefined_controls(kernel))
+        met = {report.finding for report in result.reports}
+        result.reports.extend(machine.unexecuted(kernel, *found) for found in read(kernel) if found[0] not in met)
         self.results.append((function.name, result))
         return result
 

@@ -130,9 +130,10 @@ def launch(
     )  # fmt: skip
 
 
-def unexecuted(finding: str, kernel: Kernel, pc: int) -> Report:
-    """Of an instruction that stands in the text, whether it was met or not."""
-    return Report(finding, kernel.name, kernel.text[pc], kernel.places[pc], "", "", 0, 0, 0, 0, 1)
+def unexecuted(kernel: Kernel, finding: str, pc: int, other: int) -> Report:
+    """Of an instruction, and another one, that stand in the text, whether they were met or not."""
+    text, places = kernel.text, kernel.places
+    return Report(finding, kernel.name, text[pc], places[pc], text[other], places[other], 0, 0, 0, 0, 1)
 
 
 def _worded(report: _Report, kernel: Kernel) -> Report:

@@ -18,29 +18,25 @@ from emulator.decode_memory import BASE
 from emulator.operands import ABSENT
 from emulator.ptx import Kernel
 
+UNDEFINED = "guard, address or size in a register that nothing writes"
+REWRITTEN = "operand registers of a wgmma rewritten before its wait"
 MOST_GROUPS = 16  # in flight at a time: more are not told apart
 
 
-def rewritten_operands(kernel: Kernel) -> list[str]:
-    """The products whose operand registers are written before their wait, each with the instruction that does it."""
+@cache
+def read(kernel: Kernel) -> tuple[tuple[str, int, int], ...]:
+    """What is wrong with a text: the finding, the instruction, and the one it stands against or itself."""
     reader = _Reader(kernel)
-    return [found for pc in range(len(kernel.code)) for found in reader.overwrites(pc)]
+    everything = range(len(kernel.code))
+    written = {slot for pc in everything for slot in reader.written(pc)} | set(map(int, kernel.presets[:, 0]))
+    undefined = [(UNDEFINED, pc, pc) for pc in everything if not reader.controls(pc) <= written]
+    return (*undefined, *((REWRITTEN, pc, by) for pc in everything for by in reader.overwrites(pc)))
 
 
 def products_from_registers(kernel: Kernel) -> int:
     """How many products take their left side from registers."""
     reader = _Reader(kernel)
     return sum(reader.is_register_product(pc) for pc in range(len(kernel.code)))
-
-
-@cache
-def undefined_controls(kernel: Kernel) -> list[int]:
-    """The instructions whose guard, address or size of a copy is in a register that nothing writes."""
-    reader = _Reader(kernel)
-    defined = {int(slot) for slot in kernel.presets[:, 0]}
-    for pc in range(len(kernel.code)):
-        defined |= reader.written(pc)
-    return [pc for pc in range(len(kernel.code)) if not reader.controls(pc) <= defined]
 
 
 class _Reader:
@@ -55,7 +51,7 @@ class _Reader:
     def is_register_product(self, pc: int) -> bool:
         return self.ops[pc] == "wgmma" and not self.column["flags"][pc] & self.in_shared
 
-    def overwrites(self, product: int) -> list[str]:
+    def overwrites(self, product: int) -> list[int]:
         """Every path from a product to its wait is followed, with the number of groups committed since."""
         if not self.is_register_product(product):
             return []
@@ -79,8 +75,7 @@ class _Reader:
                 ahead.append((int(self.column["target"][pc]), commits))
             if op not in ("bra", "ret") or self.column["guard"][pc] != ABSENT:
                 ahead.append((pc + 1, commits))
-        text = self.kernel.text
-        return [f"{self.kernel.places[product]}: {text[product]} … {text[pc]}" for pc in found]
+        return list(found)
 
     def controls(self, pc: int) -> set[int]:
         """The register slots that say whether, where and how much an instruction accesses."""

@@ -26,7 +26,7 @@ from emulator.configurations import Choices, turns
 from emulator.driver import ptx_alone
 from emulator.mutations import record, shares
 from emulator.ptx import parse
-from emulator.reading import products_from_registers, rewritten_operands
+from emulator.reading import products_from_registers, read
 from seqconv_triton.kernels.candidates import MOST, candidates
 from seqconv_triton.kernels.configs import hear_keys
 from seqconv_triton.tools import ahead
@@ -181,5 +181,5 @@ def read_products(model: str, dtype: str) -> Row:
                 seen.add(item)
                 kernel = parse(ahead.build(item, ahead.TARGETS["sm_90"]).asm["ptx"])
                 row.counts.update(kernels_read=1, products_from_registers=products_from_registers(kernel))
-                row.complaints += [f"{kernel.name}: {found}" for found in rewritten_operands(kernel)]
+                row.complaints += [f"{kernel.name}: {what} at {kernel.places[pc]}" for what, pc, _ in read(kernel)]
     return row
