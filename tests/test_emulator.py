@@ -18,6 +18,7 @@ RUNS = {
     "single instructions": ["emulator/test_instructions.py"],
     "sample kernels": ["emulator/test_sample_kernels.py", "emulator/test_faults.py"],
     "texts": ["emulator/test_reading.py"],
+    "mutations": ["emulator/test_mutations.py"],
 }
 for number, architecture in enumerate(ARCHITECTURES):
     options = ["--emulate", architecture, "--share", f"{number}/{len(ARCHITECTURES)}"]

@@ -109,7 +109,7 @@ def layers() -> Iterator[Case]:
     yield layer("dense-k32-dropout", 32, 96, 32, (1, 4, 4), dropout=0.2, **B, **DENSE)
     # Many programs: sums over tiles, and a neighbour's pixels, matter.
     yield layer("basic-k8-many-tiles", 16, 24, 8, (2, 7, 5), tiles=16)
-    yield layer("k8-s2-many-tiles", 16, 16, 8, (3, 14, 14), tiles=16, subgroups=2, **B)
+    yield layer("k8-s2-many-readers", 32, 32, 8, (3, 14, 14), tiles=16, subgroups=2, **B)
 
 
 def stages() -> Iterator[Case]:
@@ -126,7 +126,7 @@ def stages() -> Iterator[Case]:
     )
     yield stage("stage-k32-s32", Plan.stage(64, 32, 1, extension=64, subgroups=32, tail=Tail(64, 3, 2, 4)), (1, 5, 5))
     yield stage("stage-k64", Plan.stage(64, 64, 1), (1, 3, 3))
-    yield stage("stage-k8-many-tiles", extended, (2, 7, 5), tiles=16)
+    yield stage("stage-k8-many-tiles", extended, (3, 14, 14), tiles=16)
 
 
 CASES = {case.name: case for case in (*layers(), *stages())}

@@ -1,7 +1,7 @@
 """One instruction of a sound kernel is taken away at a time: is it noticed?
 
 A launch is recorded with the memory it began with, and replayed with the changed text from the same memory. What stays
-silent in every schedule ordered nothing in this launch, or the machine is blind to it: `Kept.silent` says where it is.
+silent in every schedule ordered nothing in this launch, or the machine is blind to it: `Share.silent` says where it is.
 """
 
 from __future__ import annotations
@@ -62,31 +62,40 @@ class Share:
 
 
 def record(case: Case, dtype: str, architecture: str) -> list[Recording]:
-    """The launch of every kernel that a case meets in training: of several, that of the longest text."""
-    found: dict[str, Recording] = {}
+    """Of every kernel that a case meets in training, the launch that executes the most."""
+    largest: dict[str, tuple[int, int]] = {}
+    recordings: list[Recording] = []
 
     def hear(launch: Launch) -> None:
-        longest = found.get(launch.function.name)
-        if longest is None or len(launch.function.ptx) > len(longest.launch.function.ptx):
-            found[launch.function.name] = Recording(launch)
+        if any(number == len(gpu.results) for _, number in largest.values()):
+            recordings.append(Recording(launch))
 
     module, x = cast(case.build(True), DTYPES[dtype]), case.input(DTYPES[dtype])
-    with allowed_on_a_cpu(), emulated(case, architecture, 0) as gpu:
-        gpu.hear = hear
-        everything(module, x, case.run)
-    return list(found.values())
+    with allowed_on_a_cpu():
+        with emulated(case, architecture, 0) as gpu:
+            everything(module, x, case.run)
+        for number, (name, result) in enumerate(gpu.results):
+            largest[name] = max(largest.get(name, (0, 0)), (sum(result.instructions.values()), number))
+        with emulated(case, architecture, 0) as gpu:
+            gpu.hear = hear
+            everything(module, x, case.run)
+    return recordings
 
 
-def errors(recording: Recording, ptx: str, architecture: str, seed: int) -> bool:
-    """Whether anything is found when the launch runs with this text."""
+def outcome(recording: Recording, ptx: str, architecture: str, seed: int) -> tuple[bool, list[bytes]]:
+    """Whether anything is found when the launch runs with this text, and the memory behind it."""
+    launch = recording.again()
     with Emulator(architecture, seed, change=lambda name, text: ptx) as gpu:
-        return bool(gpu.run(recording.again()).errors)
+        found = bool(gpu.run(launch).errors)
+    tensors = [value.untyped_storage() for _, value in launch.arguments if isinstance(value, torch.Tensor)]
+    return found, [torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes() for storage in tensors]
 
 
 def shares(recording: Recording, architecture: str, seeds: Sequence[int]) -> list[Share]:
-    """Every fault at every place of a kernel, with every seed until one notices."""
+    """Every fault at every place of a kernel: noticed with any seed if something is found, or bits are others."""
     function = recording.launch.function
-    if any(errors(recording, function.ptx, architecture, seed) for seed in seeds):
+    sound = [outcome(recording, function.ptx, architecture, seed) for seed in seeds]
+    if any(errors or memory != sound[0][1] for errors, memory in sound):
         raise ValueError(f"{function.name} is not sound as it stands")
     found = []
     for fault, (pattern, by) in FAULTS.items():
@@ -94,7 +103,7 @@ def shares(recording: Recording, architecture: str, seeds: Sequence[int]) -> lis
         silent = []
         for place in places:
             broken = function.ptx[: place.start()] + by + function.ptx[place.end() :]
-            if not any(errors(recording, broken, architecture, seed) for seed in seeds):
+            if all(outcome(recording, broken, architecture, seed) == sound[0] for seed in seeds):
                 silent.append(line_of(function.ptx, place.start()))
         if places:
             found.append(Share(function.name, fault, len(places), silent))

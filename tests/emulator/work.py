@@ -33,7 +33,7 @@ from seqconv_triton.tools import ahead
 
 TESTS = Path(__file__).parent.parent
 PARTS = ("cases", "configurations", "alone", "mutations", "wgmma")
-MUTATED = ("basic-k8-many-tiles", "k8-s2-many-tiles", "stage-k8-many-tiles")
+MUTATED = ("basic-k8-many-tiles", "k8-s2-many-readers", "stage-k8-many-tiles")
 MODELS = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
 SEEDS_OF_MUTATIONS = (1, 2, 3, 4, 5)
 

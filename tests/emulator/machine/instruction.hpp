@@ -98,6 +98,7 @@ enum { KIND_COUNT = 7 };
     ERROR(SHARED_LANES_DIFFER, "shared store of two values by one instruction") \
     ERROR(SHARED_IN_FLIGHT, "shared bytes of a copy in flight") \
     ERROR(UNFENCED, "shared bytes not fenced for the asynchronous proxy") \
+    ERROR(PRODUCT_OVERTAKEN, "shared bytes written that a wgmma in flight still reads") \
     NOTE(SHARED_SAME_VALUE, "shared write/write of one value") \
     NOTE(SHARED_IN_WARP, "shared within a warp, no bar.warp.sync") \
     NOTE(SHARED_UNWRITTEN, "shared read before written") \

@@ -31,7 +31,7 @@ struct Copy {  // cp.async, one lane's
 struct Product {  // wgmma; operand A's registers are taken when it is issued
     const Instruction* instruction;
     int pc;
-    u64 left, right;
+    u64 left, right, stamp;
     bool accumulate;
     u32 a[4][32];
 };

@@ -67,6 +67,7 @@ inline f64 Machine::element(Program& program, int w, const Product& product, u64
     // Stores reach the asynchronous proxy through a fence: the writer's before the barrier, or the reader's behind it.
     const SharedCell& cell = shared.cells[address / shared.granule];
     const Warp& warp = program.warps[w];
+    if (cell.write_stamp > product.stamp) reports.add(PRODUCT_OVERTAKEN, who, address, cell.write_pc);
     if (cell.writer_warp >= 0) {
         bool by_writer = program.warps[cell.writer_warp].fences > cell.fences;
         bool by_reader = warp.fence_epoch > cell.write_epoch;
@@ -129,7 +130,7 @@ inline bool Machine::multiply(Program& program, int w, const Operands& on, const
         case mma_f16: case mma_bf16: case mma_tf32: warp_multiply(on); return true;
         case wgmma: {
             bool in_shared = on.flag(LEFT_SHARED);
-            Product product{&i, who.pc, in_shared ? get<u64>(on.slot(0), 0) : 0, get<u64>(on.slot(4), 0),
+            Product product{&i, who.pc, in_shared ? get<u64>(on.slot(0), 0) : 0, get<u64>(on.slot(4), 0), who.stamp,
                             bool(on.slot(5)[0] & 1), {}};
             if (!in_shared)
                 for (int k = 0; k < 4; ++k) std::memcpy(product.a[k], on.slot(k), sizeof product.a[k]);
