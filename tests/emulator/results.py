@@ -92,11 +92,12 @@ class Results:
             lines.append(f"| {m['architecture']} | `{m['kernel']}` | {m['fault']} | {noticed} | {where} |")
         return "\n".join(lines)
 
-    def write(self, seconds: float) -> None:
+    def write(self) -> None:
         machine = {name: version(name) for name in PROVENANCE} | {"python": platform.python_version()}
         today = datetime.date.today().isoformat()
+        seconds = round(sum(row.seconds for _, row in self.rows))
         data = {
-            "date": today, "versions": machine, "seconds": round(seconds), "groups": self.groups(),
+            "date": today, "versions": machine, "seconds": seconds, "groups": self.groups(),
             "cases": self.cases(), "mutations": self.mutations(), "complaints": self.complaints,
         }  # fmt: skip
         (RESULTS / "emulation.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
