@@ -70,13 +70,14 @@ def reader_step(
     stride_dz, step_dz, ROWS: tl.constexpr, KERNEL: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + one tap and BLOCK_K outputs of one reader."""
+    """acc + what one pixel of the neighbourhood, and BLOCK_K outputs, bring of one reader."""
     offs_k = k0 + tl.arange(0, BLOCK_K)
     dz_ptr += tl.cast(reader, tl.int64) * step_dz
     if KERNEL > 1:
-        place = KERNEL * KERNEL - 1 - tap  # the pixel on the other side
-        place_p += rows_to_tap(place, W, KERNEL) * stride_dz
-        mask_p = ((bits >> place) & 1) != 0
+        place_p += rows_to_tap(tap, W, KERNEL) * stride_dz
+        mask_p = ((bits >> tap) & 1) != 0
+        # The weight, not the pixel: a bit below the first, in a copy that the last step skips, is undefined.
+        tap = KERNEL * KERNEL - 1 - tap
     valid = mask_p[:, None] if EVEN_K else mask_p[:, None] & (offs_k < ROWS)[None, :]
     dz = tl.load(dz_ptr + place_p[:, None] + offs_k[None, :], mask=valid, other=0.0)
     weight = weight_tile(
