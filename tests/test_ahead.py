@@ -86,6 +86,9 @@ def test_kernels_compile(architecture: str, dtype: str) -> None:
 
 
 def test_few_kernels_for_any_batch_and_image() -> None:
-    """Every kernel costs a user a second of compilation at the first step."""
+    """Every kernel costs a user a second of compilation at the first step.
+
+    Evaluation and training have kernels of their own: one activates in its epilogue, the other takes statistics.
+    """
     b42, dense = map(int, without_interpreter(SAME_KERNELS).split())
-    assert b42 <= 65 and dense <= 40
+    assert b42 <= 98 and dense <= 43

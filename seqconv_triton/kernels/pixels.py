@@ -26,7 +26,8 @@ def pixel_table_kernel(
 def pixel_table(shape: ConvShape, like: Tensor) -> tuple[Tensor, Tensor]:
     """(bits, rows), int32 [P_out] each: a bit a tap, and the row of the input that the middle tap reads."""
     pixels = shape.out_pixels
-    bits, rows = torch.empty((2, pixels), dtype=torch.int32, device=like.device)
+    # Two tensors, so that both are aligned whatever their length: else their readers would be compiled twice.
+    bits, rows = (torch.empty(pixels, dtype=torch.int32, device=like.device) for _ in range(2))
     run(
         pixel_table_kernel, (cdiv(pixels, 256),),
         bits_ptr=bits, rows_ptr=rows, P=pixels, H=shape.height, W=shape.width, OUT_H=shape.out_height,
