@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import seqconv_triton as sct
+from seqconv_triton.backend import backend_for
 from seqconv_triton.backend.contract import Needs, Norms, StageArguments
+from seqconv_triton.ops import registered
 from seqconv_triton.ops.registered import BACKWARD_NAMES, FORWARD_NAMES, FlatOutputs, flatten, named
 from seqconv_triton.plan import Plan, Tail
 
@@ -80,6 +82,37 @@ def test_opcheck_backward(case: str, dtype: torch.dtype, training: bool, needed:
         atol=torch.finfo(dtype).eps * 100,
         rtol=torch.finfo(dtype).eps * 100,
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["packed", "channels-last"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("place", ["cpu", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("case", STAGES)
+def test_results_are_laid_out_as_the_fakes_say(
+    case: str, place: torch.device, training: bool, layout: torch.memory_format
+) -> None:
+    """Sizes, strides, dtypes: a compiled graph believes the fakes."""
+    arguments = [
+        a.detach().to(place) if isinstance(a, Tensor) else a for a in arguments_of(case, training, torch.float32)
+    ]
+    arguments = [a.contiguous(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments]
+    call = named(FORWARD_NAMES, arguments) | {"backend": backend_for(arguments[0])}
+
+    def laid_out(tensors: tuple[Tensor, ...]) -> list[tuple[object, ...]]:
+        return [(t.shape, t.stride() if t.numel() else (), t.dtype) for t in tensors]
+
+    operands = tuple(call[name] for name in FORWARD_NAMES)
+    result = FlatOutputs(*torch.ops.seqconv_triton.stage_forward(*operands))
+    assert laid_out(result) == laid_out(registered._fake_forward(*operands))
+    if training:
+        call |= result._asdict()
+    call |= {"buffer": result.buffer, "z": result.z, "counts": result.counts, "needs": [True] * len(Needs._fields)}
+    call["needs"][1] = call["shortcut"] is not None
+    call |= {"d_out": torch.randn_like(result.out), "d_buffer": torch.randn_like(result.buffer)}
+    operands = tuple(call[name] for name in BACKWARD_NAMES)
+    gradients = torch.ops.seqconv_triton.stage_backward(*operands)
+    assert laid_out(gradients) == laid_out(registered._fake_backward(*operands))
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -169,8 +202,6 @@ def test_autocast_casts_convs_and_keeps_statistics(dtype: torch.dtype, backend: 
 
 
 def test_backends_nest_and_come_back() -> None:
-    from seqconv_triton.backend import backend_for
-
     x = torch.zeros(1)
     with sct.use_backend("reference"):
         with sct.use_backend("aten"):
