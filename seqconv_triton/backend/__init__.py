@@ -1,10 +1,7 @@
 """The backends, one contract, and the switch between them.
 
-A backend computes a stage (a single layer is a stage of one layer without a tail). Tensors are packed as in
-`StageParameters`; P = N·H·W pixels, J groups of k channels, B = plan.total_channels buffer channels.
-
-- `reference` is plain differentiable PyTorch: the specification, and what supports double backward.
-- every other backend is a module with `stage_forward` and `stage_backward`, which `ops.py` registers as one op.
+`contract.py` says what a backend computes: `reference` is plain differentiable PyTorch, the specification, and what
+supports double backward; the others are modules with `forward` and `backward`, one registered op each.
 
 The folder is not called `backends`: torch.compile refuses to trace any file whose path contains "triton/backends".
 """
