@@ -18,6 +18,7 @@ RUNS = {
     "single instructions": ["emulator/test_instructions.py"],
     "sample kernels": ["emulator/test_sample_kernels.py", "emulator/test_faults.py"],
     "texts": ["emulator/test_reading.py"],
+    "the table": ["emulator/test_cases.py", "-k", "table"],
     "mutations": ["emulator/test_mutations.py"],
 }
 for number, architecture in enumerate(ARCHITECTURES):
@@ -42,3 +43,11 @@ def test_emulated(run: str) -> None:
         env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("on_ci", ["true", ""])
+def test_without_a_compiler(on_ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", on_ci)
+    with pytest.raises(NoCompiler if on_ci else pytest.skip.Exception, match=r"needs a C\+\+ compiler"):
+        test_emulated("the table")

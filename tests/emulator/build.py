@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import getpass
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,9 +31,14 @@ def compiler() -> str:
 
 @cache
 def folder() -> Path:
-    """Where what is compiled for the emulator lies: below the temporary folder, one for every user."""
-    path = Path(tempfile.gettempdir()) / f"seqconv_triton_emulator_{getpass.getuser()}"
+    """Where what is compiled for the emulator lies: below the temporary folder, one for every user.
+
+    Raises PermissionError where it is somebody else's: what lies there is executed.
+    """
+    path = Path(tempfile.gettempdir()) / f"seqconv_triton_emulator_{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user")
     return path
 
 

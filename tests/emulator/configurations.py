@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from helpers import everything
 
@@ -18,16 +19,26 @@ Choices = dict[Key, LaunchConfig]
 
 def keys_of(case: Case, dtype: str, architecture: str) -> list[Key]:
     """What a case asks configurations for, forward and backward; nothing is compiled for it."""
+    return listed(case, dtype, architecture)[0]
+
+
+def listed(case: Case, dtype: str, architecture: str) -> tuple[list[Key], set[str]]:
+    """The keys of configurations and the names of the kernels of what a case would launch."""
     found: dict[Key, None] = {}
+    kernels: set[str] = set()
+
+    def note(kernel: Any, *_: Any) -> None:
+        kernels.add(kernel.__name__)
+
     for training in (True, False):
         module, x = cast(case.build(training), DTYPES[dtype]), case.input(DTYPES[dtype])
         with (
             allowed_on_a_cpu(), float32_products("tf32" if dtype == "tf32" else "ieee"), assume(architecture),
-            use_tables(), launch.listen(lambda *_: None), hear_keys() as keys, sct.use_backend("triton"),
+            use_tables(), launch.listen(note), hear_keys() as keys, sct.use_backend("triton"),
         ):  # fmt: skip
             everything(module, x, case.run)
         found |= dict.fromkeys(keys)
-    return list(found)
+    return list(found), kernels
 
 
 def turns(cases: Iterable[Case], dtype: str, architecture: str) -> Iterator[tuple[Case, Choices]]:

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import pkgutil
 
 import pytest
 
 from emulator.cases import ARCHITECTURES, CASES, DTYPES
 from emulator.check import check
+from emulator.configurations import listed
+from seqconv_triton import kernels
 
 GROUPS = list(itertools.product(ARCHITECTURES, DTYPES))
 # A case whose pipeline peels a step off there, which must not shift by a negative tap.
@@ -22,6 +26,13 @@ RUNS = {
     for training in (True, False)
     if training or number // len(GROUPS) % 2 == 0
 } | {"sm_80-fp16-peeled": PEELED}
+
+
+def test_table_meets_every_kernel() -> None:
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    met = set().union(*(listed(case, "fp16", "sm_90")[1] for case in CASES.values()))
+    assert len(written) > 4 and met == written
 
 
 @pytest.mark.parametrize("run", RUNS)
