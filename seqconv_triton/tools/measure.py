@@ -30,7 +30,9 @@ GAIN = 0.97
 # Relative RMS error: of a configuration's results, and of a stage's beyond twice that of the aten backend.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 BLIND = 0.5  # never more than this: zeros are off by 1
-AWAY = 4.0  # of a BN's bias: near ReLU's corner, rounding turns single gradients on or off
+# Of a BN's bias: near ReLU's corner, rounding turns single gradients on or off; where a channel never meets it, the sum
+# of its gradients in front of the next BN is nothing but rounding, and no two tiles agree on that.
+AWAY = 2.0
 
 
 class Call(NamedTuple):
