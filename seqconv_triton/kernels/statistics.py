@@ -6,6 +6,8 @@ and Σg·x̂. FAN tiles at a time, then all of those, always in the same order w
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,14 +16,37 @@ from seqconv_triton.kernels.launch import FAN, BatchNorm, Scratch, alignment, cd
 from seqconv_triton.kernels.tiles import aligned
 
 
+def compiled_for_hip(_semantic: Any = None) -> tl.constexpr:
+    """Whether a kernel is being compiled for an AMD GPU, for kernels; the interpreter compiles nothing."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "hip")
+
+
+compiled_for_hip.__triton_builtin__ = True  # type: ignore[attr-defined] # as Triton's own: it is given _semantic
+
+
 @triton.jit
 def arrived_last(counter_ptr, expected):
     """Whether this program is the last of `expected` to come here; the counter is zero again afterwards."""
+    if compiled_for_hip():  # there the release waits for the stores of its own wave alone: each waits for its own
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [tl.zeros((1,), tl.int32)], tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()  # every thread's stores come before the release below
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+@triton.jit
+def sum_of_products(x, y, valid):
+    """Σ x·y over the rows of a tile."""
+    product = x * y
+    if compiled_for_hip():
+        # Its compiler makes `product + neighbour's product` one FMA, which rounds otherwise in the neighbour's lane,
+        # and the lanes that write a sum differ by a bit; through a choice it does not.
+        product = tl.where(valid, product, 0.0)
+    return tl.sum(product, axis=0)
 
 
 @triton.jit
@@ -63,7 +88,7 @@ def finish_statistics(
     deviation = tl.where(valid, x - mean[None, :], 0.0)
     chunks = tl.cdiv(tiles, FAN)
     tl.store(tile_mean_ptr + tile * C + offs_n, mean, mask=mask_n)
-    tl.store(tile_m2_ptr + tile * C + offs_n, tl.sum(deviation * deviation, axis=0), mask=mask_n)
+    tl.store(tile_m2_ptr + tile * C + offs_n, sum_of_products(deviation, deviation, valid), mask=mask_n)
     chunk = tile // FAN
     counters = counter_ptr + tl.program_id(1) * (chunks + 1)
     first = chunk * FAN
@@ -128,7 +153,7 @@ def finish_gradient(
     chunks = tl.cdiv(tiles, FAN)
     tl.store(tile_g_ptr + tile * C + offs_n, tl.sum(g, axis=0), mask=mask_n)
     normal = (raw - mean[None, :]) * rstd[None, :]
-    tl.store(tile_gx_ptr + tile * C + offs_n, tl.sum(g * normal, axis=0), mask=mask_n)
+    tl.store(tile_gx_ptr + tile * C + offs_n, sum_of_products(g, normal, valid), mask=mask_n)
     chunk = tile // FAN
     counters = counter_ptr + tl.program_id(1) * (chunks + 1)
     first = chunk * FAN
