@@ -24,6 +24,7 @@ from seqconv_triton.backend.triton import fused as backend
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import shared_memory
 from seqconv_triton.kernels.configs import Table, assume, use_tables
+from seqconv_triton.kernels.configs import architecture as device_architecture
 from seqconv_triton.nn.layers import PackedSeqConv
 
 TARGETS = {
@@ -55,6 +56,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
+    small: tuple[int, ...]  # tensors below 2 GiB, which AMD's compiler then addresses through buffers; else none
     num_warps: int
     num_stages: int
 
@@ -82,12 +84,14 @@ class Compiled:
 
 def describe(kernel: Any, arguments: dict[str, Any]) -> Launch:
     """A launch as Triton specialises it: multiples of 16 are known as such, a 1 and None are constants."""
-    signature, constants, divisible = [], [], []
+    signature, constants, divisible, small = [], [], [], []
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         specialised, kind, aligned = not parameter.do_not_specialize, "constexpr", False
         if isinstance(value, Tensor):
             kind, aligned = POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+            if device_architecture(value.device).startswith("gfx") and value.untyped_storage().nbytes() < 2**31:
+                small.append(position)
         elif isinstance(value, float):
             kind = "fp32"
         elif value is not None and not parameter.is_constexpr and not (value == 1 and specialised):
@@ -98,7 +102,7 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> Launch:
         if aligned:
             divisible.append(position)
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(divisible),
+        kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(small),
         arguments.get("num_warps", 4), arguments.get("num_stages", 3),
     )  # fmt: skip
 
@@ -175,12 +179,10 @@ def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callab
 
 def build(item: Launch, target: GPUTarget) -> Any:
     """Compile for a target; the result also lands in Triton's cache."""
-    source = ASTSource(
-        item.kernel,
-        dict(item.signature),
-        dict(item.constants),
-        {(position,): [["tt.divisibility", 16]] for position in item.divisible},
-    )
+    attributes: dict[Any, list[Any]] = {(position,): [["tt.divisibility", 16]] for position in item.divisible}
+    for position in item.small:
+        attributes.setdefault((position,), []).append(["tt.pointer_range", 32])
+    source = ASTSource(item.kernel, dict(item.signature), dict(item.constants), attributes)
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
     return triton.compile(source, target=target, options=options)
 
