@@ -100,11 +100,15 @@ def all_tasks(seeds: int) -> list[Task]:
 
 def execute(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
     """Rows as they come. A task that raises is a complaint."""
-    # Processes begin anew: a forked one would share threads, and Triton's state, with this one.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=50) as pool:
-        waiting = {pool.submit(timed, task.work): task for task in tasks}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+    # Processes begin anew: a forked one would share threads, and Triton's state, with this one. After some tasks they
+    # end, since the emulator's memory grows, all at once: the pool's own max_tasks_per_child can wait for ever
+    # (python/cpython#115634).
+    share = 50 * jobs
+    for first in range(0, len(tasks), share):
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(timed, task.work): task for task in tasks[first : first + share]}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
 
 
 def timed(work: Callable[[], Row]) -> Row:
