@@ -11,6 +11,7 @@ from helpers import error, everything, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
+from seqconv_triton.backend.aten import precision
 from seqconv_triton.plan import Plan, Tail
 
 facility = pytest.mark.facility
@@ -35,6 +36,11 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
 def test_autocast(place: torch.device, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     if dtype == torch.bfloat16 and "interpreter" in request.node.callspec.params.values():
         pytest.skip("the interpreter's bfloat16 products are wrong")
+    check_autocast(place, dtype)
+
+
+def check_autocast(place: torch.device, dtype: torch.dtype) -> None:
+    """Every result as near to float64 as the concatenating code's under the same autocast."""
     stage = small_stage().to(place)
     x = torch.randn(4, 8, 6, 5, device=place)
     with sct.use_backend("reference"):
@@ -51,6 +57,26 @@ def test_autocast(place: torch.device, dtype: torch.dtype, request: pytest.Fixtu
         if "running" in name or name == "output 0":
             assert error(value, exact[name]) < 8 * rounding, name
         assert error(value, exact[name]) < 2 * error(rounded[name], exact[name]) + 8 * rounding, name
+
+
+@facility("half precision on CPUs without instructions for it: computed in float32, rounded once")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("fast", [True, False], ids=["in half precision", "in float32"])
+def test_either_kind_of_processor(fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fast_in", lambda _: fast)
+    check_autocast(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("pack", [None, False, True], ids=["as it is", "fused", "packed"])
+def test_evaluation_in_float32_is_rounded_once_a_stage(
+    pack: bool | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "fast_in", lambda _: False)
+    model = nn.Sequential(randomise(sct.SeqConv2d(12, 24, 8, bottleneck=True))).eval()
+    half = (model if pack is None else sct.fuse(model, pack=pack)).to(dtype)
+    x = torch.randn(3, 12, 7, 5).to(dtype)
+    assert torch.equal(half(x), copy.deepcopy(half).float()(x.float()).to(dtype))
 
 
 @facility("GradScaler: scaled float16 steps, and a step with infinities is skipped")

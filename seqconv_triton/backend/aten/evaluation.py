@@ -30,17 +30,18 @@ def images_per_chunk(x: Tensor, channels: int) -> int:
 class FoldedGroups:
     """As `parts.Groups` in the forward pass, on the images that `begin` names.
 
-    `added`: a shortcut from outside comes; `again`: the same weights serve several times.
+    `added`: a shortcut from outside comes; `again`: the same weights serve several times; `packs`: they are the
+    caller's own, of which packed copies may be remembered.
     """
 
     weights: Callable[[int], GroupWeights]
     images: Images
 
-    def __init__(self, stage: StageArguments, x: Tensor, added: bool, again: bool) -> None:
+    def __init__(self, stage: StageArguments, x: Tensor, added: bool, again: bool, packs: bool) -> None:
         self.plan = plan = stage.plan
         self.subgroups = plan.subgroups if plan.bottleneck else 1
         self.folding = Folding(stage, x.dtype, added, ring_of(plan).place)
-        if self.folding.done and not added and onednn_takes(x):
+        if packs and self.folding.done and not added and onednn_takes(x):
             self.weights = packed(stage, self.folding, x)
         else:
             folded = self.folding.group

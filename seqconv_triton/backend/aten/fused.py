@@ -17,6 +17,7 @@ from seqconv_triton.backend.aten.backward import backward
 from seqconv_triton.backend.aten.evaluation import FoldedGroups, images_per_chunk
 from seqconv_triton.backend.aten.output import Output
 from seqconv_triton.backend.aten.parts import Groups, Shortcuts, pixels
+from seqconv_triton.backend.aten.precision import cast, working_dtype
 from seqconv_triton.backend.aten.ring import Features, ring_of
 from seqconv_triton.backend.contract import ForwardOutputs, StageArguments, empty_outputs, with_statistics
 
@@ -34,20 +35,23 @@ def forward(
     outputs = empty_outputs(x, stage, keep=keep, keep_inner=keep_inner, empty_strided=allocate)
     if outputs.statistics is not None:
         stage = stage._replace(norms=with_statistics(stage.norms, outputs.statistics))
-    elif not keep and x.dtype in (torch.float32, torch.float64):
+    as_given = stage
+    if (dtype := working_dtype(x)) != x.dtype:  # outputs are rounded as they are written
+        x, stage = x.to(dtype), stage._replace(convs=cast(stage.convs, dtype))
+    if outputs.statistics is None and not keep and x.dtype in (torch.float32, torch.float64):
         # Half precisions keep BN apart: folding would round its scale.
-        _evaluate(x, shortcut, stage, outputs.out)
+        _evaluate(x, shortcut, stage, outputs.out, packs=stage is as_given)
         return outputs
     groups = Groups(stage, x, outputs.z)
     _walk(groups, Features(groups.ring, pixels(x)), x, shortcut, stage, outputs.out, outputs.buffer)
     return outputs
 
 
-def _evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments, out: Tensor) -> None:
+def _evaluate(x: Tensor, shortcut: Tensor | None, stage: StageArguments, out: Tensor, packs: bool) -> None:
     """Nothing links the images, so they go through a few at a time."""
     ring = ring_of(stage.plan)
     chunk = images_per_chunk(x, ring.channels)
-    groups = FoldedGroups(stage, x[:chunk], shortcut is not None, again=chunk < x.shape[0])
+    groups = FoldedGroups(stage, x[:chunk], shortcut is not None, chunk < x.shape[0], packs)
     features = None
     for start in range(0, x.shape[0], chunk):
         images = slice(start, start + chunk)
