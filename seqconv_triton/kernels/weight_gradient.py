@@ -113,11 +113,10 @@ def weight_gradient_kernel(
         column_tap, column = offs_n // REACH, offs_n % REACH
     if WINDOWS:
         start, width, _, dropped = windows_of_rows(group, readers_ptr, groups, ROWS, TAPS, WINDOW)
-        first = aligned(tl.min(start, axis=0), ALIGN)
-        channels = first + column
+        channels = aligned(tl.min(start, axis=0), ALIGN) + column
         mask_n = channels < tl.max(start + width, axis=0)
         if mask_ptr is not None:  # then there is one group a band
-            mask_ptr += tl.max(dropped, axis=0) - first
+            mask_ptr += tl.max(dropped, axis=0) - tl.min(start, axis=0)
     else:
         channels = tile_o * ROW_TILE // GROUP_OUT * GROUP_IN + column
         mask_n = (column < REACH) & (column_tap < TAPS)
