@@ -19,7 +19,8 @@ help: ## List the targets
 	@echo '  ARGS="..."     passed on to demo, test, emulate, bench or gpu:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
-demo: $(READY) ## Train a small network on handwritten digits, with pictures in out/
+demo: $(READY) ## Measure B42 beside the concatenating code, then train on handwritten digits; pictures in out/
+	$(VENV) -m bench show
 	$(VENV) -m recipes.demo $(ARGS)
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.

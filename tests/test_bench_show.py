@@ -1,0 +1,38 @@
+"""`python -m bench show`: every line is measured, in the terminal, the picture and the file alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the demo's extra")
+
+from bench import showcase
+from bench.__main__ import main
+
+
+def test_the_same_figures_everywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["show", "--model", "cifar_seqresnet_b_r7_k16", "--image", "32", "--limit", "0", "--output", str(tmp_path)]
+    assert main(given) == 0
+    printed = capfd.readouterr().out
+    lines = [showcase.Line(**line) for line in json.loads((tmp_path / "showcase.json").read_text())["lines"]]
+    assert [line for line in lines if str(line) not in printed] == []
+    assert {line.unit for line in lines} == {"s", "bytes"} and all(line.ours > 0 for line in lines)
+    given_up = [line for line in lines if line.theirs is None]
+    assert [line.note for line in given_up] == ["theirs not done after 0 s"]
+    kept = lines[-1]
+    assert kept.theirs is not None and kept.ours < kept.theirs / 2, "a quarter of the bytes is what the library is for"
+    assert (tmp_path / "showcase.png").read_bytes().startswith(b"\x89PNG")
+    assert "group" in printed and "= window" in printed
+
+
+def test_what_is_wrong_is_not_shown() -> None:
+    with pytest.raises(RuntimeError, match=r"ours eager: output is off by 0\.7"):
+        showcase.by_contender([{"contender": "ours eager", "part": "eval", "wrong": "output is off by 0.7"}], "eval")
+
+
+def test_seconds_and_bytes_for_the_eye() -> None:
+    assert str(showcase.Line("step", 2.5, 0.25, "s", "10 ×")).split() == ["step", "2.5", "s", "250", "ms", "10", "×"]
+    assert str(showcase.Line("kept", None, 2**21, "bytes")).split() == ["kept", "–", "2.0", "MiB"]
