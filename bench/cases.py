@@ -117,6 +117,22 @@ def cpu(full: bool = False) -> list[Case]:
     return cases
 
 
+def halves() -> list[Case]:
+    """Float32 and bfloat16 on a CPU in one run: five minutes on two cores."""
+    found = []
+    for model, training, batch, peers in (
+        (FIRST, False, 8, ("resnet50 eager", "resnet101 eager")),
+        (FIRST, True, 4, ("resnet50 eager", "resnet101 eager")),
+        ("seqresnet_b22", False, 8, ()),
+        ("seqresnet_b22", True, 4, ()),
+        ("seqresnext_24", False, 8, ()),
+        ("seqresnext_24", True, 4, ()),
+        (FIRST, False, 1, ("resnet50 eager", "resnet101 eager")),
+    ):
+        found += [Case(model, training, batch, (*PLAIN, *peers), 6, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    return found
+
+
 def quick() -> list[Case]:
     """A minute's check that everything works; its times mean nothing."""
     name = "cifar_seqresnet_b_r7_k16"
@@ -173,4 +189,4 @@ def chosen(table: str, only: Sequence[str]) -> list[Case]:
     return [case for case in TABLES[table]() if any(text in case.name for text in only)]
 
 
-TABLES = {"cpu": cpu, "cpu-full": lambda: cpu(full=True), "quick": quick, "gpu": gpu}
+TABLES = {"cpu": cpu, "cpu-full": lambda: cpu(full=True), "cpu-bf16": halves, "quick": quick, "gpu": gpu}

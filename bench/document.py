@@ -15,22 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bounds
-from bench.results import FOLDER, Row, load, timed
-from bench.tables import goals_table, losses, peers_table, ratio_table, times
+from bench import bounds, floors, halves
+from bench.cases import FIRST, MODELS
+from bench.results import FOLDER, Row, load
+from bench.tables import cases_of, goals_table, losses, peers_table, ratio_table, times
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "bench/results/README.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "bench/results/README.md", "bench/results/cases.md")
 PART = re.compile(r"(<!-- bench: (?P<name>\w+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 
-# Rows of the README's table: text, subject, part, batch.
+# Rows of the README's table, of SeqResNet-B42: text, results file, part, batch, dtype.
 README_ROWS = (
-    ("CPU, evaluation, 8 images", "seqresnet_b42", "eval", 8),
-    ("CPU, evaluation, 1 image", "seqresnet_b42", "eval", 1),
-    ("CPU, training step, 4 images", "seqresnet_b42", "step", 4),
-    ("CPU, SeqResNet-B22, evaluation, 8 images", "seqresnet_b22", "eval", 8),
-    ("CPU, SeqResNet-B22, training step, 4 images", "seqresnet_b22", "step", 4),
-    ("CPU, SeqResNeXt-24, evaluation, 8 images", "seqresnext_24", "eval", 8),
+    ("CPU, evaluation, 8 images", "cpu", "eval", 8, "float32"),
+    ("CPU, training step, 4 images", "cpu", "step", 4, "float32"),
+    ("CPU, evaluation in bfloat16, 8 images", "cpu-bf16", "eval", 8, "bfloat16"),
 )
 Contents = dict[str, Any]
 
@@ -41,33 +39,31 @@ def results(name: str) -> Contents | None:
 
 
 def measured() -> str:
-    """The README's table: what was counted and what was timed, the faster of every two in bold."""
+    """The README's table: what was counted and what was timed, the better of every two in bold; GPUs' floors."""
     contents = results("cpu")
     if contents is None:
         return "Not measured yet: `make bench` writes this table.\n"
-    lines = [
-        "| SeqResNet-B42, measured | concatenating code | seqconv_triton | row of bench/results/cpu.json |",
-        "| --- | --- | --- | --- |",
-    ]
-    if counts := contents.get("counts", {}).get("seqresnet_b42"):
+    lines = ["| SeqResNet-B42 | concatenating code | seqconv_triton |", "| --- | --- | --- |"]
+    if counts := contents.get("counts", {}).get(FIRST):
         theirs, ours = (counts[key] / 2**20 for key in ("kept_bytes_reference", "kept_bytes"))
-        lines.append(
-            f"| kept for backward per 224² image, float32 | {theirs:.0f} MiB | **{ours:.0f} MiB** | "
-            "counts, seqresnet_b42 |"
-        )
-        lines.append(
-            f"| parameter tensors | {counts['published_parameter_tensors']:,} (the published layout) | "
-            f"**{counts['parameter_tensors']}** | counts, seqresnet_b42 |"
-        )
-    rows = list(timed(contents["rows"]).values())
-    for text, subject, part, batch in README_ROWS:
-        own = {r["contender"]: r for r in rows if (r["subject"], r["part"], r["batch"]) == (subject, part, batch)}
-        if "reference eager" not in own or "ours eager" not in own:
-            continue
-        lines.append(
-            f"| {text} | {times(own, 'reference', 'ours')} | {times(own, 'ours', 'reference')} | "
-            f"{subject}, {part}, {batch} |"
-        )
+        lines.append(f"| kept for backward per 224² image, float32 | {theirs:.0f} MiB | **{ours:.0f} MiB** |")
+        tensors = counts["published_parameter_tensors"], counts["parameter_tensors"]
+        lines.append(f"| parameter tensors | {tensors[0]:,} (published layout) | **{tensors[1]}** |")
+    for text, file, part, batch, dtype in README_ROWS:
+        found = results(file)
+        rows = {} if found is None else cases_of(found).get((FIRST, part, batch, dtype), {})
+        own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
+        if "reference eager" in own and "ours eager" in own:
+            lines.append(f"| {text} | {times(own, 'reference', 'ours')} | {times(own, 'ours', 'reference')} |")
+    if (counted := floors.contents()) is not None:
+        for text, mode in (("evaluation", "eval"), ("training step", "train")):
+            mine, *others = (
+                f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")
+            )
+            lines.append(
+                f"| H100, counted from machine code (`python -m bench floors`), not measured: {text}, {counted['batch']} "
+                f"images, bfloat16 | – | at least {mine} ms (ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
+            )
     return "\n".join(lines) + f"\n\n{caption(contents)}\n"
 
 
@@ -83,12 +79,29 @@ def peers() -> str:
 def caption(contents: Contents) -> str:
     source = contents["provenance"]
     own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in contents.get("rows", [])))
     return textwrap.fill(
         f"CPU times: medians of interleaved rounds of one run, {own}{source['threads']} threads on a shared "
-        f"{source['processor']} with {source['vectors']}, float32, channels_last, torch {source['torch']}, "
-        f"{source['date']}, revision {source['revision']}.",
+        f"{source['processor']} with {source['vectors']}, {dtypes or 'float32'}, channels_last, "
+        f"torch {source['torch']}, {source['date']}, revision {source['revision']}.",
         width=120,
     )
+
+
+def summary() -> str:
+    """What a sceptic wants to know: the goals, whole networks, and where ours loses."""
+    contents = results("cpu")
+    if contents is None:
+        return "Not measured yet: `make bench` writes this part.\n"
+    whole = {"rows": [row for row in contents["rows"] if row["subject"] in MODELS]}
+    return "\n".join([f"{caption(contents)}\n", goals_table(contents), ratio_table(whole), losses(contents)])
+
+
+def bfloat16() -> str:
+    contents = results("cpu-bf16")
+    if contents is None:
+        return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
+    return "\n".join([f"{caption(contents)}\n", halves.markdown(contents), goals_table(contents)])
 
 
 def cpu(name: str = "cpu", command: str = "make bench") -> str:
@@ -138,6 +151,9 @@ def missing(contents: Contents) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "bfloat16": bfloat16,
+    "floors": lambda: floors.markdown(floors.contents()),
     "measured": measured,
     "peers": peers,
     "cpu": cpu,

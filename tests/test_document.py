@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import document, goals, tables
+from bench import document, floors, goals, halves, tables
 from bench.plot_kernels import slope
 
 # A figure that somebody measured: a time, a size, a rate, a ratio.
@@ -93,6 +93,40 @@ def test_goals_of_a_cpu() -> None:
         if line.startswith("seqresnet_b42, training step, batch 4, against reference eager")
     ]
     assert line.split()[-6:] == ["≥", "1.3", "×", "1.50", "×", "reached"]
+
+
+def test_goals_of_bfloat16_on_a_cpu() -> None:
+    b42 = "seqresnet_b42"
+    found = contents(
+        row(b42, "eval", 8, "ours eager", 0.3) | {"dtype": "float32"},
+        row(b42, "eval", 8, "ours eager", 0.15),
+        row(b42, "eval", 8, "reference eager", 0.12),
+        row(b42, "eval", 8, "resnet50 eager", 0.1, version="timm 1"),
+        row(b42, "eval", 8, "resnet50 eager", 0.25, version="timm 1") | {"dtype": "float32"},
+    ) | {"provenance": {}}
+    assert [line.split()[-6:] for line in goals.goals(found).splitlines()[1:]] == [
+        ["≥", "1.5", "×", "2.00", "×", "reached"],
+        ["≥", "1", "×", "0.80", "×", "missed"],
+    ]
+    assert halves.markdown(found).splitlines()[2:] == [
+        "| evaluation | 8 | **seqresnet_b42, ours** | 300 ms | 150 ms | 2.00 × as fast |",
+        "| evaluation | 8 | resnet50 | 250 ms | 100 ms | 2.50 × as fast |",
+    ]
+
+
+def test_floors_and_rooflines() -> None:
+    times = {"bytes_seconds": 0.002, "operations_seconds": 0.001, "roofline_seconds": 0.002}
+    ours = times | {"network": "m", "mode": "eval", "launches": 1234, "issue_seconds": 0.001, "floor_seconds": 0.003}
+    found = {
+        "architecture": "sm_90", "dtype": "bfloat16", "batch": 2, "image": 224,
+        "provenance": {"triton": "3", "date": "today", "revision": "r"},
+        "rows": [ours, times | {"network": "resnet50", "mode": "train"}],
+    }  # fmt: skip
+    assert floors.markdown(found).splitlines()[2:4] == [
+        "| m, evaluation | 1,234 | 2.0 | 1.0 | 1.0 | **3.0 ms** | 1.50 |",
+        "| resnet50, training step | | 2.0 | 1.0 | | 2.0 | |",
+    ]
+    assert [floors.seconds(found, *key) for key in (("m", "eval"), ("resnet50", "train"))] == [0.003, 0.002]
 
 
 def test_losses_are_listed() -> None:

@@ -1,0 +1,99 @@
+"""`python -m bench floors`: what passes of the ImageNet networks take at least on a GPU, by their machine code.
+
+Into bench/results/floors.json, from which README and docs/performance.md take their figures. No GPU is needed, and some
+minutes for the compiler. What a floor and a roofline are: `seqconv_triton/tools/cost.py` and `peers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import seqconv_triton as sct
+from bench.cases import MODELS
+from bench.report import say
+from bench.results import FOLDER, Row, provenance
+from seqconv_triton.tools import peers
+from seqconv_triton.tools.ceilings import GPUS
+
+ARCHITECTURE, BATCH, IMAGE = "sm_90", 256, 224
+FILE = FOLDER / "floors.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None: the file has one form."""
+
+
+def run_from_arguments(_: argparse.Namespace) -> int:
+    say(f"{ARCHITECTURE}, bfloat16, {BATCH} images of {IMAGE}²")
+    rows = [*(ours(name, mode) for name in MODELS for mode in ("eval", "train")), *theirs()]
+    source = provenance(torch.device("cpu"))
+    contents = {
+        "provenance": {name: source[name] for name in ("torch", "triton", "date", "revision")},
+        "architecture": ARCHITECTURE, "batch": BATCH, "image": IMAGE, "dtype": "bfloat16", "rows": rows,
+    }  # fmt: skip
+    temporary = FILE.with_suffix(".tmp")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(FILE)
+    say(f"written: {FILE}")
+    return 0
+
+
+def ours(name: str, mode: str) -> Row:
+    """A row of one of our networks, of all launches of its stages."""
+    from seqconv_triton.tools.cost import model_work, total
+
+    model = sct.create_model(name, device="meta")
+    works = model_work(model, (BATCH, 3, IMAGE, IMAGE), torch.bfloat16, mode == "train", ARCHITECTURE)
+    t = total(works, GPUS[ARCHITECTURE], ARCHITECTURE)
+    say(f"{name}, {mode}: {1e3 * t.floor_seconds:.2f} ms")
+    return {
+        "network": name, "mode": mode, "launches": t.launches, "bytes_seconds": t.bytes_seconds,
+        "operations_seconds": t.operations_seconds, "issue_seconds": t.issue_seconds,
+        "roofline_seconds": t.roofline_seconds, "floor_seconds": t.floor_seconds,
+    }  # fmt: skip
+
+
+def theirs() -> list[Row]:
+    """The ResNets' rooflines."""
+    found = []
+    for name in peers.BLOCKS:
+        for mode in ("eval", "train"):
+            r = peers.roofline(name, mode, BATCH, GPUS[ARCHITECTURE], 2, IMAGE)
+            found.append({"network": name, "mode": mode} | {k: v for k, v in r._asdict().items() if k != "launches"})
+    return found
+
+
+def contents() -> dict[str, Any] | None:
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else None
+
+
+def seconds(found: dict[str, Any], network: str, mode: str) -> float:
+    """A network's floor, or its roofline where there is no machine code of it."""
+    row = next(r for r in found["rows"] if (r["network"], r["mode"]) == (network, mode))
+    return float(row.get("floor_seconds", row["roofline_seconds"]))
+
+
+def markdown(found: dict[str, Any] | None) -> str:
+    """The table of docs/performance.md."""
+    if found is None:
+        return "Not counted yet: `python -m bench floors` writes this table.\n"
+    what = f"{found['architecture']}, {found['dtype']}, {found['batch']} images of {found['image']}²"
+    lines = [f"| {what} | launches | bytes | FLOPs | issue | floor | ÷ roofline |", "| --- |" + " --- |" * 6]
+    for row in found["rows"]:
+        name = f"{row['network']}, {'evaluation' if row['mode'] == 'eval' else 'training step'}"
+        times = [f"{1e3 * row[f'{key}_seconds']:.1f}" for key in ("bytes", "operations")]
+        if "floor_seconds" in row:
+            ratio = row["floor_seconds"] / row["roofline_seconds"]
+            rest = f"{1e3 * row['issue_seconds']:.1f} | **{1e3 * row['floor_seconds']:.1f} ms** | {ratio:.2f}"
+            lines.append(f"| {name} | {row['launches']:,} | {' | '.join(times)} | {rest} |")
+        else:
+            lines.append(f"| {name} | | {' | '.join(times)} | | {1e3 * row['roofline_seconds']:.1f} | |")
+    source = found["provenance"]
+    return (
+        "\n".join(lines)
+        + f"\n\nCounted with triton {source['triton']}, {source['date']}, revision {source['revision']}.\n"
+    )
