@@ -60,9 +60,10 @@ def measured() -> str:
             mine, *others = (
                 f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")
             )
+            what = f"{text}, {counted['batch']} images, bfloat16"
             lines.append(
-                f"| H100, counted from machine code (`python -m bench floors`), not measured: {text}, {counted['batch']} "
-                f"images, bfloat16 | – | at least {mine} ms (ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
+                f"| H100, counted from machine code (`python -m bench floors`), not measured: {what} | – | "
+                f"at least {mine} ms (ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
             )
     return "\n".join(lines) + f"\n\n{caption(contents)}\n"
 
