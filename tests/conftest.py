@@ -21,6 +21,10 @@ collect_ignore = ["emulator"]  # in processes of their own, where Triton compile
 PLACES = {"cpu": ("aten", "cpu"), "interpreter": ("triton", "cpu"), "gpu": ("triton", "cuda")}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-model", action="store_true", help="export every model to ONNX, not a few")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)

@@ -90,7 +90,7 @@ def version(package: str) -> str:
 
 def main() -> int:
     collector = Collector()
-    status = pytest.main([str(Path(__file__).parent), *sys.argv[1:]], plugins=[collector])
+    status = pytest.main([str(Path(__file__).parent), "--every-model", *sys.argv[1:]], plugins=[collector])
     table = f"{collector.table()}\n\n{collector.provenance()}"
     print(table)
     if len(sys.argv) > 1:

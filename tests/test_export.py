@@ -1,4 +1,4 @@
-"""torch.export, AOTInductor and ONNX: what leaves Python must run where nothing of the model was built."""
+"""torch.export and AOTInductor: what leaves Python must run where nothing of the model was built."""
 
 from __future__ import annotations
 
@@ -105,35 +105,6 @@ def test_aot_inductor(tmp_path: Path, fused_ops: bool) -> None:
         program = torch.export.export(model, (inputs[0],), dynamic_shapes=DYNAMIC)
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     run_elsewhere(tmp_path, "aoti", Path(package), inputs, outputs, needs_ops=fused_ops)
-
-
-ONNX = {
-    "imagenet-fused": lambda: sct.fuse(randomise(small_imagenet(), layer_b=0.1)),
-    "cifar-with-statistics": lambda: randomise(sct.CifarSeqResNet(16, 1, bottleneck=True)).eval(),
-}
-
-
-@facility("ONNX, dynamic batch and image size, run by ONNX Runtime")
-@pytest.mark.parametrize("case", ONNX)
-def test_onnx_runtime(tmp_path: Path, case: str) -> None:
-    """Logits within 1e-4; no operator of ours is left in the graph."""
-    onnx = pytest.importorskip("onnx", reason="the onnx extra")
-    runtime = pytest.importorskip("onnxruntime", reason="the onnx extra")
-    pytest.importorskip("onnxscript", reason="the onnx extra")
-    model = ONNX[case]()
-    dims = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (torch.randn(2, 3, 64, 48),), path, dynamic_shapes=dims, dynamo=True, verbose=False)
-    nodes = onnx.load(path).graph.node
-    assert {node.domain for node in nodes} == {""} and {"Conv", "Concat", "Relu"} <= {node.op_type for node in nodes}
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for shape in ((2, 3, 64, 48), (1, 3, 40, 40), (5, 3, 37, 81)):
-        x = torch.randn(shape)
-        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        with torch.no_grad():
-            expected = model(x)
-        assert expected.shape == logits.shape
-        assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

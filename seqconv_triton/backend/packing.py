@@ -32,6 +32,22 @@ def transform_weights(weight: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     return weight.view(len(plan.groups), plan.group_width, -1, 3, 3).unbind(0)
 
 
+def group_window(weight: Tensor, plan: Plan, kernel_size: int, j: int) -> Tensor:
+    """`window_weights(weight, plan, kernel_size)[j]`, as one slice."""
+    k = plan.group_width
+    if plan.uniform:
+        return weight[j * k : (j + 1) * k].view(k, -1, kernel_size, kernel_size)
+    start, stop = (k * kernel_size**2 * sum(group.window_width for group in plan.groups[:n]) for n in (j, j + 1))
+    return weight[start:stop].view(k, -1, kernel_size, kernel_size)
+
+
+def group_transform(weight: Tensor, plan: Plan, j: int) -> Tensor:
+    """`transform_weights(weight, plan)[j]`, as one slice."""
+    if not plan.bottleneck:
+        return group_window(weight, plan, 3, j)
+    return weight[j * plan.group_width : (j + 1) * plan.group_width]
+
+
 def group_masks(mask: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """The columns [N, window] of the dropout mask that belong to each group, and last the tail's if there is one."""
     sizes = [group.window_width for group in plan.groups]

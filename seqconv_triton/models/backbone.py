@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
 from seqconv_triton.nn.layers import PackedSeqConv, Stage
+from seqconv_triton.nn.stem import run_stem
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -61,8 +62,7 @@ class Backbone(nn.Module):
         first = self.stem[0]
         assert isinstance(first, nn.Conv2d)
         check_network_input(x, first.weight)
-        out: Tensor = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return out
+        return run_stem(self.stem, x.contiguous(memory_format=torch.channels_last))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits, or to the pooled features [N, num_features] in front of the classifier."""

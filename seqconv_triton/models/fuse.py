@@ -19,6 +19,7 @@ from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.nn.norm import Affine, read
+from seqconv_triton.nn.stem import StemConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,10 +29,11 @@ def fuse(model: Model, *, pack: bool = False) -> Model:
     """A copy of `model` for evaluation, with the BNs of all its seqconv_triton layers and networks folded.
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
-    changes nothing in a folded layer, whose parameters take no gradients: train the model it was made from. Fold in
-    float32 and convert afterwards: `fuse(model).bfloat16()`.
+    changes nothing in a folded layer, whose weights take no gradients: train the model it was made from. Fold in
+    float32 and convert afterwards: `fuse(model).bfloat16()`. torch.export and ONNX see every conv with a weight and a
+    bias of its own, constants under `constants` in each layer: views of the packed weights that the state dict has.
 
-    With `pack` the weights are meant to stay as they are, and become buffers. On a CPU the first evaluation in float32
+    With `pack` the weights are meant to stay as they are. On a CPU the first evaluation in float32
     then lays them out for oneDNN and keeps that second copy, which makes small batches faster. `copy_`,
     `load_state_dict` and other in-place ops are still seen; writes to `weight.data`, to a NumPy view, or by another
     process into shared memory are not.
@@ -56,6 +58,7 @@ def fuse(model: Model, *, pack: bool = False) -> Model:
             module.requires_grad_(False)
             if pack:
                 _freeze(module)
+            module.set_apart()
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
                 module.norm = _affine("norm", module.norm, next(module.parameters()))
@@ -63,6 +66,9 @@ def fuse(model: Model, *, pack: bool = False) -> Model:
                 conv, norm = module.stem[i], module.stem[i + 1]
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                     module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+            for i, conv in enumerate(module.stem):
+                if isinstance(conv, StemConv2d):
+                    module.stem[i] = conv.plain()
     return model
 
 
