@@ -17,6 +17,7 @@ COMMANDS = {
     ),
     "launches": ("count the Triton backend's launches; needs no GPU", "bench.launches"),
     "gpu": ("GPU tests, then the GPU table, in nine minutes; --dry-run predicts without a GPU", "bench.gpu"),
+    "compile": ("what torch.compile costs from empty caches, B42 beside ResNet-50", "bench.compilation"),
     "floors": ("what the ImageNet networks take at least on a GPU, by their machine code", "bench.floors"),
     "show": ("what the library is for: B42 beside the concatenating code, in a minute", "bench.showcase"),
     "startup": ("seconds to B42's first compiled training step, caches cold and warm", "bench.startup"),

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, floors, halves
+from bench import bounds, compilation, floors, halves
 from bench.cases import FIRST, MODELS
 from bench.results import FOLDER, Row, load
 from bench.tables import cases_of, goals_table, losses, peers_table, ratio_table, times
@@ -154,6 +154,7 @@ def missing(contents: Contents) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "bfloat16": bfloat16,
+    "compile": lambda: compilation.markdown(compilation.contents()),
     "floors": lambda: floors.markdown(floors.contents()),
     "measured": measured,
     "peers": peers,

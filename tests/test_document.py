@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import document, floors, goals, halves, tables
+from bench import compilation, document, floors, goals, halves, tables
 from bench.plot_kernels import slope
 
 # A figure that somebody measured: a time, a size, a rate, a ratio.
@@ -127,6 +127,22 @@ def test_floors_and_rooflines() -> None:
         "| resnet50, training step | | 2.0 | 1.0 | | 2.0 | |",
     ]
     assert [floors.seconds(found, *key) for key in (("m", "eval"), ("resnet50", "train"))] == [0.003, 0.002]
+
+
+def test_compile_times_have_owners() -> None:
+    """What no share names is Inductor's own."""
+    shares = {"tracing": 2.0, "autograd": 1.0, "C++": 4.0}
+    rows = [
+        {"network": "m", "seconds": 10.0, "shares": shares, "graphs": 1},
+        {"network": "resnet50", "version": "timm 1", "seconds": 25.0, "shares": shares, "graphs": 2},
+    ]
+    source = {"processor": "a CPU", "torch": "2", "date": "today", "revision": "r"}
+    text = compilation.markdown({"rows": rows, "batches": [2, 3], "provenance": source})
+    assert text.splitlines()[2:4] == [
+        "| **m** | 10.0 | 2.0 | 1.0 | 3.0 | 4.0 | 1 |",
+        "| resnet50, timm 1 | 25.0 | 2.0 | 1.0 | 18.0 | 4.0 | 2 |",
+    ]
+    assert "0.40 of ResNet-50's time (goal: a third, **missed**)" in text
 
 
 def test_losses_are_listed() -> None:
