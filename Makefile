@@ -11,7 +11,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test emulate facilities lint docs bench gpu format clean
+.PHONY: help demo test emulate facilities timm lint docs bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ emulate: $(READY) ## Execute the compiled kernels of the whole table without a G
 
 facilities: $(READY) ## Run the tests behind docs/facilities.md and write its table
 	OMP_NUM_THREADS=2 $(VENV) tests/facilities.py $(ARGS)
+
+# With an interpreter that has timm, torchvision and pytest, not the CPU one of .venv.
+timm: ## Run timm's own tests of models on ours and write the table of docs/timm.md
+	PYTHONPATH=. $(PYTHON) tests/timm_suite.py $(ARGS)
 
 lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff format --check .

@@ -1,7 +1,5 @@
 """Small networks of the structures that `convert` is made for, each as torchvision or timm would write it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -63,10 +63,18 @@ def test_exported_program_is_plain_pytorch(tmp_path: Path) -> None:
     run_elsewhere(tmp_path, "export", tmp_path / "model.pt2", inputs, outputs, needs_ops=False)
 
 
+class Layers(nn.Sequential):
+    """With windows that end inside of a group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 STRICT = {
     "imagenet": small_imagenet,
     "cifar": lambda: sct.CifarSeqResNet(8, 1),
     "cifar-dense": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, windowed=False),
+    "layers": lambda: Layers(sct.SeqConv2d(3, 12, 4, bottleneck=True), sct.SeqConv2d(12, 20, 5)),
 }
 
 

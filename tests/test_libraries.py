@@ -64,6 +64,30 @@ def test_split_by_timm() -> None:
             split.train(training)(torch.randn(6, 3, 40, 40))
 
 
+@facility("torchvision's create_feature_extractor, by the names of stages, evaluation and training")
+def test_features_by_torchvision() -> None:
+    extraction = library("torchvision.models.feature_extraction")
+    model = randomise(small_imagenet(), layer_b=0.3)
+    x = torch.randn(2, 3, 40, 40)
+    nodes = {"stem.4": "stem", "stages.0": "first", "stages.3": "last", "relu": "features", "classifier": "logits"}
+    training, evaluation = extraction.get_graph_node_names(model)
+    assert training == evaluation and nodes.keys() <= set(training)
+    for mode in (True, False):
+        twin, seen = copy.deepcopy(model).train(mode), []
+        hooked = [name for name in nodes if name != "relu"]
+        for name in hooked:
+            twin.get_submodule(name).register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        twin(x)
+        expected = {nodes[name]: out for name, out in zip(hooked, seen, strict=True)}
+        expected["features"] = copy.deepcopy(model).train(mode).forward_features(x)
+        features = extraction.create_feature_extractor(copy.deepcopy(model), return_nodes=nodes).train(mode)(x)
+        assert features.keys() == expected.keys()
+        assert all(error(features[key], expected[key]) < 1e-6 for key in expected)
+    short = extraction.create_feature_extractor(model, return_nodes=["stages.1"])
+    short.train()(x)["stages.1"].sum().backward()
+    assert all(p.grad is not None for p in short.parameters()) and not hasattr(short.stages, "2")
+
+
 @facility("accelerate's offloading: cpu_offload, disk_offload")
 def test_offloaded_by_accelerate(tmp_path: Path) -> None:
     """Weights are on the meta device but for a module's own forward, which those of a stage's BNs never see."""

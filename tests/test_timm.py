@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,6 +172,55 @@ def test_features(name: str, timm: ModuleType) -> None:
 def shortened(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of a whole network's state that a network pruned to its features holds: the first groups."""
     return {name: state[name].flatten()[: t.numel()].view(t.shape) for name, t in model.state_dict().items()}
+
+
+@needs_timm
+def test_norm_and_checkpointing_of_features(timm: ModuleType) -> None:
+    """With `norm` the last stage's features are the network's; a features_only network trains with checkpointing."""
+    shrink()
+    model = randomise(timm.create_model("seqresnet_b22", drop_rate=0.5), layer_b=0.1).eval()
+    x = torch.randn(2, 3, 32, 32)
+    last, maps = model.forward_intermediates(x, [3, 1], norm=True)
+    assert torch.equal(maps[0], last) and torch.equal(last, model.forward_features(x))
+    plain = model.forward_intermediates(x, [3, 1], intermediates_only=True)
+    assert torch.equal(maps[1], plain[1]) and error(plain[0], last) > 0.1
+    (only,) = model.forward_intermediates(x, [-1], norm=True, stop_early=True, intermediates_only=True)
+    assert torch.equal(only, last)
+    gradients = []
+    features = randomise(timm.create_model("seqresnet_b22", features_only=True), layer_b=0.1).double().train()
+    for enable in (False, True):
+        twin = copy.deepcopy(features)
+        twin.model.set_grad_checkpointing(enable)
+        sum(feature.square().mean() for feature in twin(x.double())).backward()
+        gradients.append([p.grad for p in twin.parameters()])
+    assert all(error(b, a) < 1e-9 for a, b in zip(*gradients, strict=True))
+
+
+@needs_timm
+def test_traced_by_fx(timm: ModuleType) -> None:
+    """Dropout in front of the classifier follows the trace's mode."""
+    model = randomise(timm.create_model("cifar_seqresnet_r4_k8", drop_rate=0.5)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    traced = torch.fx.symbolic_trace(model)
+    assert error(traced(x), model(x)) < 1e-6 and set(traced.state_dict()) == set(model.state_dict())
+    traced.head_drop.train()
+    assert error(traced(x), model(x)) > 0.1
+    model.reset_classifier(0, "")
+    model.reset_classifier(4)
+    assert model.pool_type == "avg" and model(x).shape == (2, 4)
+    maps = torch.fx.symbolic_trace(timm.create_model("cifar_seqresnet_r4_k8", features_only=True))
+    assert [m.shape[1] for m in maps(x)] == [64, 128, 192]
+
+
+def test_table_of_timms_own_tests() -> None:
+    """docs/timm.md holds a whole run, in which nothing failed but TorchScript."""
+    from timm_suite import DOCUMENT, END, FOR_ANY, REFUSED, START
+
+    table = DOCUMENT.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+    rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \| (\d+) \| (\d+) \|$", table, re.MULTILINE)
+    assert {*FOR_ANY, *REFUSED, "test_model_forward_fx", "test_model_backward_fx"} <= {name for name, *_ in rows}
+    for name, *counts in rows:
+        assert [int(n) for n in counts] == ([0, len(NAMES), 0] if name in REFUSED else [len(NAMES), 0, 0]), name
 
 
 @needs_timm

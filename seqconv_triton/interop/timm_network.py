@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
@@ -38,12 +37,11 @@ class TimmNetwork(Backbone):
         options["in_chans"] = in_chans
         super().__init__(*args, **options)
         self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.head_drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits, or to the pooled features in front of the classifier."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, self.drop_rate, self.training)
+        x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.classifier(x)
 
     def get_classifier(self, name_only: bool = False) -> Any:
@@ -51,8 +49,13 @@ class TimmNetwork(Backbone):
         return "classifier" if name_only else self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier, and another pooling unless that is None; 0 classes leave what the pooling gives."""
-        pool_type = self.pool_type if global_pool is None else global_pool
+        """A fresh classifier, and another pooling unless that is None; 0 classes leave what the pooling gives.
+
+        A classifier needs a pooling: a model that lost its own takes "avg" with it. Raises ValueError where
+        `global_pool` asks for none beside a classifier.
+        """
+        lost = "global_pool" in self._modules and not self.pool_type and num_classes > 0
+        pool_type = global_pool if global_pool is not None else "avg" if lost else self.pool_type
         if pool_type not in POOLS:
             raise ValueError(f"global_pool ({pool_type!r}) must be one of {', '.join(map(repr, POOLS))}")
         if not pool_type and num_classes > 0:
@@ -77,12 +80,21 @@ class TimmNetwork(Backbone):
     ) -> Any:
         """Activated features of chosen stages, and (unless `intermediates_only`) the last features before them.
 
-        `norm` changes nothing: a stage's features have their own BN behind them. Features come in the order of
-        `indices`. Raises ValueError for another `output_fmt`, and for a stage that does not exist.
+        A stage's features have their own BN behind them; with `norm` the last stage's are the last features, behind
+        the 1×1 conv and the network's BN. Features come in the order of `indices`. Raises ValueError for another
+        `output_fmt`, and for a stage that does not exist.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt ({output_fmt!r}) must be 'NCHW'")
-        return super().forward_intermediates(x, indices, stop_early=stop_early, intermediates_only=intermediates_only)
+        count = len(self.stages)
+        chosen = chosen_stages(indices, count)
+        if not norm or count - 1 not in chosen:
+            return super().forward_intermediates(
+                x, indices, stop_early=stop_early, intermediates_only=intermediates_only
+            )
+        last, features = super().forward_intermediates(x, indices)
+        features = [last if i == count - 1 else feature for i, feature in zip(chosen, features, strict=True)]
+        return features if intermediates_only else (last, features)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

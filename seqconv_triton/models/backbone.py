@@ -1,7 +1,6 @@
 """What the paper's networks share: stem, stages, last BN, pooling, classifier; timm's conventions around them."""
 
-from __future__ import annotations
-
+# Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
 from seqconv_triton.nn.layers import PackedSeqConv, Stage
+from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.stem import run_stem
 from seqconv_triton.ops.checks import check_network_input
 
@@ -23,6 +23,7 @@ class Backbone(nn.Module):
     """
 
     published_classes: ClassVar[tuple[int, ...]] = ()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:
         super().__init__()
@@ -61,8 +62,7 @@ class Backbone(nn.Module):
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
         assert isinstance(first, nn.Conv2d)
-        check_network_input(x, first.weight)
-        return run_stem(self.stem, x.contiguous(memory_format=torch.channels_last))
+        return run_stem(self.stem, network_input(x, first.weight))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits, or to the pooled features [N, num_features] in front of the classifier."""
@@ -122,6 +122,13 @@ class Backbone(nn.Module):
             return
         weight = next(self.parameters())
         self.classifier = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+
+
+@leaf
+def network_input(x: Tensor, weight: Tensor) -> Tensor:
+    """Images as the stages want them, channels-last, if they fit the first conv's weight."""
+    check_network_input(x, weight)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:

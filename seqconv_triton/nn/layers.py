@@ -1,7 +1,6 @@
 """The modules: SeqConv2d, one layer, and Stage, whole stages; both hold packed parameters."""
 
-from __future__ import annotations
-
+# Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ from seqconv_triton.backend import backend_for
 from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.nn.apart import Apart
+from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read_both, update_running
 from seqconv_triton.nn.watched import fetch, show, watched
 from seqconv_triton.ops import stage as functional
@@ -28,6 +28,7 @@ class PackedSeqConv(Apart):
 
     norm: nn.Module
     reduce_norm: nn.Module | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -197,12 +198,14 @@ class SeqConv2d(PackedSeqConv):
         )
         super().__init__(plan, dropout=dropout, eps=eps, momentum=momentum, device=device, dtype=dtype)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The activated output [N, out_channels, H, W] of an activated x, in the memory format of x."""
         out = self.run(x).out
         # Computed is channels-last: so is x where its channels lie side by side.
         return out if x.stride(1) == 1 else out.contiguous()
 
+    @leaf
     def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(raw, activated): the output before and after the last BN-ReLU; `shortcut` is added group by group to raw."""
         output = self.run(x, shortcut, keep_buffer=True)
@@ -213,10 +216,12 @@ class SeqConv2d(PackedSeqConv):
 class Stage(PackedSeqConv):
     """Residual blocks, extension and tail conv as one op: raw features in, raw features out (`Plan.stage`)."""
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The raw output of the tail; its BN belongs to what comes next. Without a tail: the activated features."""
         return self.run(x).out
 
+    @leaf
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
         start, stop = self.feature_channels

@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
 from seqconv_triton.backend.ranks import batch_norm, group_name
+from seqconv_triton.nn.leaf import leaf
 
 Model = TypeVar("Model", bound=nn.Module)
 VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -36,6 +37,7 @@ class Affine(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         return scale_and_shift(x, self.weight, self.bias)
 
@@ -48,6 +50,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     process_group: ProcessGroup | None = None
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         group = group_name(self.process_group) if self.training else ""
         if not group:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend.contract import empty_channels_last
 from seqconv_triton.nn.layers import fan_out_uniform_
+from seqconv_triton.nn.leaf import leaf
 from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
 
 aten = torch.ops.aten
@@ -83,12 +84,14 @@ class StemConv2d(nn.Conv2d):
         conv.weight, conv.bias = self.weight, self.bias
         return conv.train(self.training)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         return _compiled(self, x) if behind_op(x) else super().forward(x)
 
 
 def behind_op(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    # The device last: torch.fx knows none.
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
 
 
 def run_stem(stem: nn.Sequential, x: Tensor) -> Tensor:
