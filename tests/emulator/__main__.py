@@ -1,25 +1,35 @@
 """`make emulate`: the whole table, every configuration and the mutations, and what was found into docs/results/.
 
-PYTHONPATH=tests python -m emulator [--jobs 2] [--seeds 4] [--only TEXT] [--skip configurations …] [--dry]
+PYTHONPATH=tests python -m emulator [--jobs 2] [--seeds 4] [--only TEXT] [--skip configurations …] [--minutes 60] …
+
+Hours on two cores, so that every finished task is kept (docs/results/emulation-rows.jsonl.gz): a run goes on where the
+last one ended. A row counts as long as the kernels, what launches them and the cases are what they were.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
 import json
+import math
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import seqconv_triton as sct
 from emulator.build import compiler
-from emulator.results import Results
+from emulator.results import RESULTS, Results
 from emulator.work import PARTS, Row, all_tasks, execute
+
+ROWS = RESULTS / "emulation-rows.jsonl.gz"
 
 
 def main() -> int:
@@ -28,7 +38,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4, help="orders of programs and warps that a case runs in")
     parser.add_argument("--only", default="", help="tasks whose name contains all of these words")
     parser.add_argument("--skip", nargs="*", choices=PARTS, default=[], help="parts to leave out")
-    parser.add_argument("--rows", type=Path, help="a file of finished tasks, read at the beginning and added to")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file of finished tasks (.jsonl.gz)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many minutes")
+    parser.add_argument("--fresh", action="store_true", help="begin that file anew")
     parser.add_argument("--dry", action="store_true", help="write no file")
     given = parser.parse_args()
     compiler()
@@ -38,34 +50,48 @@ def main() -> int:
         for task in all_tasks(given.seeds)
         if task.part not in given.skip and all(word in task.name for word in given.only.split())
     }
+    everything = len(tasks)
+    if given.fresh:
+        given.rows.unlink(missing_ok=True)
     for name, row in finished(given.rows):
         if name in tasks:
             results.add(tasks.pop(name), row)
-    for number, (task, row) in enumerate(execute(list(tasks.values()), given.jobs), 1):
+    for task, row in execute(list(tasks.values()), given.jobs, started + 60 * given.minutes):
         results.add(task, row)
         keep(given.rows, task.name, row)
-        print(f"{number}/{len(tasks)} {time.monotonic() - started:6.0f} s  {task.name}: {row}", flush=True)
+        print(f"{len(results.rows)}/{everything} {time.monotonic() - started:6.0f} s  {task.name}: {row}", flush=True)
         for complaint in row.complaints[:5]:
             print(f"    {complaint}", flush=True)
     print(results.page())
     if not given.dry and not given.only:
-        results.write()
+        results.write(everything)
     return int(bool(results.complaints))
 
 
-def finished(file: Path | None) -> Iterator[tuple[str, Row]]:
+@cache
+def code() -> str:
+    """A fingerprint of what the rows are about."""
+    root = Path(sct.__file__).parent
+    files = sorted([*(root / "kernels").glob("*.py"), *(root / "backend" / "triton").glob("*.py"), root / "plan.py"])
+    digest = hashlib.sha256()
+    for file in (*files, Path(__file__).parent / "cases.py"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def finished(file: Path) -> Iterator[tuple[str, Row]]:
     """Names and rows of a file; complaints are to be seen again, so their tasks are not finished."""
-    if file is not None and file.exists():
-        for line in file.read_text("utf-8").splitlines():
-            name, fields = json.loads(line)
-            if not fields["complaints"]:
-                yield name, Row(Counter(fields.pop("counts")), Counter(fields.pop("findings")), **fields)
+    if file.exists():
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                fingerprint, name, fields = json.loads(line)
+                if fingerprint == code() and not fields["complaints"]:
+                    yield name, Row(Counter(fields.pop("counts")), Counter(fields.pop("findings")), **fields)
 
 
-def keep(file: Path | None, name: str, row: Row) -> None:
-    if file is not None:
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps([name, vars(row)]) + "\n")
+def keep(file: Path, name: str, row: Row) -> None:
+    with gzip.open(file, "at", encoding="utf-8") as lines:
+        lines.write(json.dumps([code(), name, vars(row)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -92,12 +92,14 @@ class Results:
             lines.append(f"| {m['architecture']} | `{m['kernel']}` | {m['fault']} | {noticed} | {where} |")
         return "\n".join(lines)
 
-    def write(self) -> None:
+    def write(self, tasks: int) -> None:
+        """Of `tasks` in all those that are finished."""
         machine = {name: version(name) for name in PROVENANCE} | {"python": platform.python_version()}
         today = datetime.date.today().isoformat()
         seconds = round(sum(row.seconds for _, row in self.rows))
         data = {
-            "date": today, "versions": machine, "seconds": seconds, "groups": self.groups(),
+            "date": today, "versions": machine, "seconds": seconds, "finished": len(self.rows), "tasks": tasks,
+            "groups": self.groups(),
             "cases": self.cases(), "mutations": self.mutations(), "complaints": self.complaints,
         }  # fmt: skip
         (RESULTS / "emulation.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
@@ -105,6 +107,8 @@ class Results:
         head = (
             f"Written by `make emulate` on {today} with {versions}. How to read it: [Proof without a GPU](../proof.md)."
         )
+        if len(self.rows) < tasks:
+            head += f" **Not finished: {len(self.rows):,} of {tasks:,} tasks**; the command goes on where it ended."
         text = f"# Executed without a GPU\n\n{head}\n\n"
         (RESULTS / "emulation.md").write_text(f"{text}{self.page()}\n", "utf-8")
 

@@ -98,8 +98,8 @@ def all_tasks(seeds: int) -> list[Task]:
     return tasks
 
 
-def execute(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
-    """Rows as they come. A task that raises is a complaint."""
+def execute(tasks: Sequence[Task], jobs: int, deadline: float) -> Iterator[tuple[Task, Row]]:
+    """Rows as they come. A task that raises is a complaint. None begins after the deadline (time.monotonic)."""
     # Processes begin anew: a forked one would share threads, and Triton's state, with this one. After some tasks they
     # end, since the emulator's memory grows, all at once: the pool's own max_tasks_per_child can wait for ever
     # (python/cpython#115634).
@@ -109,6 +109,9 @@ def execute(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
             waiting = {pool.submit(timed, task.work): task for task in tasks[first : first + share]}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
+                if time.monotonic() > deadline:
+                    pool.shutdown(cancel_futures=True)
+                    return
 
 
 def timed(work: Callable[[], Row]) -> Row:
