@@ -20,6 +20,7 @@ COMMANDS = {
     "compile": ("what torch.compile costs from empty caches, B42 beside ResNet-50", "bench.compilation"),
     "floors": ("what the ImageNet networks take at least on a GPU, by their machine code", "bench.floors"),
     "show": ("what the library is for: B42 beside the concatenating code, in a minute", "bench.showcase"),
+    "int8": ("SeqResNet-B22 quantised by torchao beside ResNet-50: convs found, speed, distance", "bench.int8"),
     "startup": ("seconds to B42's first compiled training step, caches cold and warm", "bench.startup"),
 }
 

@@ -183,6 +183,18 @@ def test_what_exports_cannot_follow() -> None:
         assert error(torch.export.export(folded, (x,)).module()(x), expected) < 1e-5
 
 
+def test_hooks_on_convs_of_a_folded_model() -> None:
+    """They are called while somebody watches them; the outputs are the same."""
+    _, folded, x = fused(FAMILIES["cifar-bottleneck"])
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected = folded(x)
+        hook = folded.stages[1].constants.groups[3].transform.register_forward_hook(lambda *call: seen.append(call[2]))
+        assert error(folded(x), expected) < 1e-5 and len(seen) == 1
+        hook.remove()
+        assert torch.equal(folded(x), expected) and len(seen) == 1
+
+
 def test_layer_of_a_folded_stage_alone() -> None:
     """A stage whose input is activated has no BN in front."""
     stage = randomise(sct.Stage(Plan.stage(16, 4, 1, entry_channels=8))).eval()

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import error, small_imagenet
-from torch import nn
+from helpers import error, randomise, small_imagenet
+from torch import Tensor, nn
 
 import seqconv_triton as sct
 
@@ -62,3 +62,25 @@ def test_the_papers_classifiers_start_as_published() -> None:
         assert model.classifier.bias.count_nonzero() == 0
     model = small_imagenet()
     assert type(model.classifier) is nn.Linear
+
+
+def test_layer_sequential_unit_variance() -> None:
+    """LSUV: a hook on every BN in turn, its output's deviation divided out of it; each hook sees what it has done."""
+    model = randomise(small_imagenet(), layer_b=0.3)
+    x = torch.randn(4, 3, 64, 64)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) > 2 * len(model.stages)
+
+    def output(norm: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        hook = norm.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+        model(x)
+        hook.remove()
+        return seen[0]
+
+    with torch.no_grad():
+        for norm in norms:
+            before = output(norm).std()
+            norm.weight /= before
+            norm.bias /= before
+            assert abs(before - 1) > 1e-3 and abs(output(norm).std() - 1) < 1e-3

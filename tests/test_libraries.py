@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
+from seqconv_triton.interop import counters
 
 facility = pytest.mark.facility
 
@@ -123,3 +124,28 @@ def test_counters() -> None:
     profiled = sum(event.flops for event in profiler.key_averages() if event.key in ("aten::conv2d", "aten::addmm")) / 2
     assert convs == expected and profiled == expected
     assert expected <= counted < 1.05 * expected  # with what BNs do
+
+
+@facility("Multiply-adds by thop and ptflops, with the hooks of interop.counters; as they are once fused")
+def test_counters_by_types_of_modules() -> None:
+    model = small_imagenet().eval()
+    x = torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    expected, parameters = counter.get_total_flops() / 2, sum(p.numel() for p in model.parameters())
+
+    def by_thop(model: nn.Module, **options: object) -> tuple[float, float]:
+        return library("thop").profile(copy.deepcopy(model), (x,), verbose=False, **options)
+
+    def by_ptflops(model: nn.Module, **options: object) -> tuple[float, float]:
+        count = library("ptflops").get_model_complexity_info
+        return count(copy.deepcopy(model), (3, 64, 64), as_strings=False, print_per_layer_stat=False, **options)
+
+    for count, hooks in (
+        (by_thop, {"custom_ops": counters.THOP}),
+        (by_ptflops, {"custom_modules_hooks": counters.PTFLOPS}),
+    ):
+        counted, found = count(model, **hooks)
+        assert expected <= counted < 1.05 * expected and found == parameters  # with what BNs outside the stages do
+        counted, _ = count(sct.fuse(model))
+        assert expected <= counted < 1.1 * expected  # with ReLUs

@@ -1,8 +1,9 @@
 """Folded layers: packed weights for evaluation here, and every conv's share of them for whoever exports.
 
-Converters and quantizers pass convs by whose weights are computed. So each conv is a module that exports call, its
-weight, and every scale and shift, a buffer: a view of the packed weights, without memory of its own. The packed weights
-are plain attributes then, in the state dict but not registered, since exported programs hold all that is.
+Converters and quantizers pass convs by whose weights are computed. So each conv is a module that exports call, and
+evaluations where a hook waits for it. Its weight, as every scale and shift, is a buffer: a view of the packed weights,
+without memory of its own. The packed weights are plain attributes then, in the state dict but not registered, since
+exported programs hold all that is.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ class Group(nn.Module):
 
 
 class Links:
-    """Buffers, and where they are registered; a class of ours, because torch.export copies lists that modules hold."""
+    """Buffers and hooks where they are registered; no plain list, because torch.export copies those of modules."""
 
-    def __init__(self, places: list[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> None:
-        self.places = places
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.places = [(part._buffers, name, buffer) for part in modules for name, buffer in part._buffers.items()]
+        self.hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
 
 class Constants(nn.Module):
@@ -75,7 +77,7 @@ class Constants(nn.Module):
         if self.tail is not None:
             assert stage.tail is not None
             _put(self.tail, weight=stage.tail.detach(), bias=None)  # a view like the others, no parameter
-        self.linked = Links([(part._buffers, name, b) for part in self.modules() for name, b in part._buffers.items()])
+        self.linked = Links(list(self.modules()))
 
     def drop(self) -> None:
         for part in self.modules():
@@ -84,6 +86,10 @@ class Constants(nn.Module):
     def steps(self) -> StageSteps:
         groups = tuple(group.steps() for group in self.groups if isinstance(group, Group))
         return StageSteps(self.entry_scale, self.entry_shift, self.entry_relu, groups, self.tail)
+
+    def watched(self) -> bool:
+        """Whether a hook waits for one of the convs to be called, as those of counters do."""
+        return any(self.linked.hooks)
 
     def replaced(self) -> bool:
         """Whether somebody put other values here, where nothing but exports would see them (functional_call)."""

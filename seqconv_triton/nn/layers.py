@@ -106,11 +106,11 @@ class PackedSeqConv(Apart):
                 raise RuntimeError(
                     "a folded layer (seqconv_triton.fuse) is not for training; train what it was made from"
                 )
-        if self.exports_constants(x) and (self.plan.is_single_layer or not keep_buffer):
-            walked = functional.constant_stage(x, self.exported_steps(), self.plan, shortcut)
-            return StageOutput(walked.out, torch.cat([x, *walked.raw], 1) if keep_buffer else None, None)
         if self.is_apart and not torch.compiler.is_compiling():
             self.follow(read.norms)
+        if self.calls_convs(x) and (self.plan.is_single_layer or not keep_buffer):
+            walked = functional.constant_stage(x, self.exported_steps(), self.plan, shortcut)
+            return StageOutput(walked.out, torch.cat([x, *walked.raw], 1) if keep_buffer else None, None)
         mask = self.draw_mask(x)
         shown = [norm for norm in (self.norm, self.reduce_norm) if watched(norm)]
         output = functional.stage(
@@ -139,9 +139,11 @@ class PackedSeqConv(Apart):
                     update_running(norm, *vectors, count)
         return output
 
-    def exports_constants(self, x: Tensor) -> bool:
-        """Whether x is on its way through a folded layer that is being exported."""
-        return self.is_apart and backend_for(x) == "traced" and not (watched(self.norm) or watched(self.reduce_norm))
+    def calls_convs(self, x: Tensor) -> bool:
+        """Whether the convs of a folded layer are to be called one by one: x is exported, or hooks wait for them."""
+        if not self.is_apart or watched(self.norm) or watched(self.reduce_norm):
+            return False
+        return backend_for(x) == "traced" or (not torch.compiler.is_compiling() and self.constants.watched())
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
@@ -225,7 +227,7 @@ class Stage(PackedSeqConv):
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
         start, stop = self.feature_channels
-        if self.exports_constants(x):
+        if self.calls_convs(x):
             walked = functional.constant_stage(x, self.exported_steps(), self.plan)
             return walked.out, walked.features.window(start, stop - start)
         put_back = fetch(self.norm, self.reduce_norm)
