@@ -4,6 +4,8 @@ ARGS ?=
 
 VENV := .venv/bin/python
 READY := .venv/.ready
+LIBRARIES := .venv-libraries/.ready
+LIBRARIES_PYTHON := .venv-libraries/bin/python
 EXTRAS := dev
 ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := dev,triton
@@ -11,7 +13,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test emulate facilities timm lint docs bench gpu format clean
+.PHONY: help demo test libraries emulate facilities timm lint docs bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +28,10 @@ demo: $(READY) ## Measure B42 beside the concatenating code, then train on handw
 # One thread a worker: two workers with a thread pool each would fight over the cores.
 test: $(READY) ## Run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# With the torch that torchvision is built for, gigabytes on Linux: in an environment of its own.
+libraries: $(LIBRARIES) ## Run the tests that need timm, torchvision, accelerate, fvcore, torchao and others
+	OMP_NUM_THREADS=2 $(LIBRARIES_PYTHON) tests/facilities.py --libraries $(ARGS)
 
 # Hours on two cores: every case, configuration and mutation. `make test` executes a share of it in minutes.
 emulate: $(READY) ## Execute the compiled kernels of the whole table without a GPU, results in docs/results/
@@ -59,8 +65,13 @@ format: $(READY) ## Format the code and apply the safe fixes
 	$(VENV) -m ruff format .
 
 clean: ## Remove .venv, caches and build products; out/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf .venv .venv-libraries .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(LIBRARIES): pyproject.toml
+	"$(PYTHON)" -m venv .venv-libraries
+	$(LIBRARIES_PYTHON) -m pip install --disable-pip-version-check -e '.[libraries]'
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { \

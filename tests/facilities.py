@@ -1,6 +1,7 @@
 """`python tests/facilities.py`: runs the tests that show a facility of PyTorch and prints their table.
 
 Without arguments the table also goes into docs/facilities.md; arguments go on to pytest (`-k export`, `-x`).
+`--libraries` (make libraries) runs the tests that meet other people's libraries, and writes their table instead.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import torch
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "facilities.md"
 START, END = "<!-- table: make facilities -->", "<!-- end of the table -->"
+# Tests that a library of other people's has to be installed for, and those libraries.
+LIBRARY_TESTS = ("test_libraries.py", "test_timm.py", "test_convert.py", "test_quantised.py")
+LIBRARIES = ("timm", "torchvision", "accelerate", "fvcore", "safetensors", "ptflops", "thop", "torchao")
 TITLES = {"cpu": "CPU", "interpreter": "interpreter", "gpu": "GPU"}
 
 
 class Collector:
     """Notes which facility every test shows, where it runs, and how it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, libraries: bool) -> None:
+        self.libraries, self.outcomes = libraries, Counter[str]()
         self.cells: dict[str, dict[str, dict[str, Counter[str]]]] = {}
         self.tests: dict[str, tuple[str, str, str]] = {}
         self.compile_cost: dict[str, float] = {}
@@ -32,7 +37,7 @@ class Collector:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             marker = item.get_closest_marker("facility")
-            if marker is None:
+            if marker is None or (item.path.name in LIBRARY_TESTS) != self.libraries:
                 continue
             name, *place = marker.args
             parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -40,11 +45,16 @@ class Collector:
             test = f"{item.path.name}::{item.originalname}"  # type: ignore[attr-defined]
             self.tests[item.nodeid] = name, where, test
             self.cells.setdefault(name, {}).setdefault(where, defaultdict(Counter))
-        items[:] = [item for item in items if item.nodeid in self.tests]
+        if not self.libraries:
+            items[:] = [item for item in items if item.nodeid in self.tests]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        counts = report.when == "call" or report.outcome != "passed"
+        self.outcomes[report.outcome] += counts
+        if report.nodeid not in self.tests:
+            return
         name, where, test = self.tests[report.nodeid]
-        if report.when == "call" or report.outcome != "passed":
+        if counts:
             self.cells[name][where][test][report.outcome] += 1
         self.compile_cost |= dict(report.user_properties).get("cost", {}) if report.when == "call" else {}
 
@@ -58,10 +68,14 @@ class Collector:
         return "<br>".join(verdict(test, n) for test, n in self.cells[name].get(place, {}).items()) or "–"
 
     def provenance(self) -> str:
-        versions = [f"{name} {version(name)}" for name in ("torch", "triton", "onnxruntime")]
+        names = ("torch", *LIBRARIES) if self.libraries else ("torch", "triton", "onnxruntime")
+        versions = [f"{name} {version(name)}" for name in names]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         machine = f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, {gpu}"
         lines = [f"Run on {datetime.date.today().isoformat()} with {', '.join(versions)}, {machine}."]
+        if self.libraries:
+            counted = (f"{self.outcomes[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+            lines.append(f"All tests of {', '.join(f'`{name}`' for name in LIBRARY_TESTS)}: {', '.join(counted)}.")
         if self.compile_cost:
             lines.append(
                 "Compiling SeqResNet-B42's training step, forward, backward and the first step, from empty caches: "
@@ -88,22 +102,27 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def main() -> int:
-    collector = Collector()
-    status = pytest.main([str(Path(__file__).parent), "--every-model", *sys.argv[1:]], plugins=[collector])
+def main(arguments: list[str]) -> int:
+    libraries = "--libraries" in arguments
+    arguments = [argument for argument in arguments if argument != "--libraries"]
+    collector = Collector(libraries)
+    folder = Path(__file__).parent
+    asked = [str(folder / name) for name in LIBRARY_TESTS] if libraries else [str(folder), "--every-model"]
+    status = pytest.main([*asked, *arguments], plugins=[collector])
     table = f"{collector.table()}\n\n{collector.provenance()}"
     print(table)
-    if len(sys.argv) > 1:
+    if arguments:
         print(f"{DOCUMENT.name} is as it was: not all tests were asked for.")
         return int(status)
+    start = START.replace("facilities", "libraries") if libraries else START
     text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
+    before, _, rest = text.partition(start)
     _, _, after = rest.partition(END)
     temporary = DOCUMENT.with_suffix(".part")
-    temporary.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    temporary.write_text(f"{before}{start}\n\n{table}\n\n{END}{after}", encoding="utf-8")
     temporary.replace(DOCUMENT)
     return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -149,3 +149,17 @@ def test_counters_by_types_of_modules() -> None:
         assert expected <= counted < 1.05 * expected and found == parameters  # with what BNs outside the stages do
         counted, _ = count(sct.fuse(model))
         assert expected <= counted < 1.1 * expected  # with ReLUs
+
+
+@facility("safetensors: save_model and load_model, plain and fused")
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "fused"])
+def test_files_of_safetensors(tmp_path: Path, folded: bool) -> None:
+    files = library("safetensors.torch")
+    first, second = (randomise(small_imagenet(), seed, layer_b=0.3).eval() for seed in (0, 1))
+    if folded:
+        first, second = sct.fuse(first), sct.fuse(second)
+    x = torch.randn(2, 3, 40, 40)
+    assert error(second(x), first(x)) > 0.1
+    files.save_model(first, str(tmp_path / "model.safetensors"))
+    files.load_model(second, str(tmp_path / "model.safetensors"))
+    assert torch.equal(second(x), first(x))
