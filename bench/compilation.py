@@ -77,9 +77,12 @@ def measure(network: str) -> dict[str, Any]:
     compiled(inputs[0]).sum().backward()
     seconds = time.perf_counter() - start - eager
     shares = {"tracing": sum(spent[TRACING]), "autograd": sum(sum(spent[name]) for name in AOT), "C++": sum(spent[CPP])}
+    compilations = 1  # a training graph is several of the counter's
     for x in inputs[1:]:
+        before = counter.frame_count
         compiled(x).sum().backward()
-    row = {"network": network, "seconds": seconds, "shares": shares, "graphs": counter.frame_count}
+        compilations += counter.frame_count > before
+    row = {"network": network, "seconds": seconds, "shares": shares, "compilations": compilations}
     return row | ({"version": peers.label()} if network in peers.PEERS else {})
 
 
@@ -94,7 +97,7 @@ def markdown(contents: dict[str, Any] | None) -> str:
     batches = ", ".join(map(str, contents["batches"]))
     lines = [
         f"| training step, fullgraph, dynamic, empty caches | seconds | tracing | autograd | Inductor | C++ compiler | "
-        f"graphs for batches {batches} |",
+        f"compilations for batches {batches} |",
         "| --- |" + " --- |" * 6,
     ]
     for row in contents["rows"]:
@@ -102,11 +105,13 @@ def markdown(contents: dict[str, Any] | None) -> str:
         rest = row["seconds"] - sum(parts)
         cells = [f"{part:.1f}" for part in (*parts[:2], rest, parts[2])]
         name = f"{row['network']}, {row['version']}" if "version" in row else f"**{row['network']}**"
-        lines.append(f"| {name} | {row['seconds']:.1f} | {' | '.join(cells)} | {row['graphs']} |")
+        lines.append(f"| {name} | {row['seconds']:.1f} | {' | '.join(cells)} | {row['compilations']} |")
     ours, theirs = (row["seconds"] for row in contents["rows"])
-    verdict = "reached" if ours <= GOAL * theirs else "**missed**"
+    once = contents["rows"][0]["compilations"] == 1
+    verdict = "reached" if ours <= GOAL * theirs and once else "**missed**"
     source = contents["provenance"]
     return "\n".join(lines) + (
-        f"\n\nOurs takes {ours / theirs:.2f} of ResNet-50's time (goal: a third, {verdict}) on an "
-        f"{source['processor']}, torch {source['torch']}, {source['date']}, revision {source['revision']}.\n"
+        f"\n\nOurs takes {ours / theirs:.2f} of ResNet-50's time (goal: a third, and one compilation for all batches; "
+        f"{verdict}) on an {source['processor']}, torch {source['torch']}, {source['date']}, revision "
+        f"{source['revision']}.\n"
     )

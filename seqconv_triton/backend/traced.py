@@ -77,14 +77,16 @@ def constants(stage: StageArguments, dtype: torch.dtype, added: bool = False) ->
 class Features:
     """Activated features in the order of the buffer: the input, then every group's."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.parts = [x]
+    def __init__(self, x: Tensor, channels: int) -> None:
+        self.parts = [(x, channels)]  # counted, since a torch.fx trace knows no shape
+
+    def append(self, part: Tensor, channels: int) -> None:
+        self.parts.append((part, channels))
 
     def window(self, start: int, count: int) -> Tensor:
         """Channels [start, start + count)."""
         pieces, offset = [], 0
-        for part in self.parts:
-            channels = part.shape[1]
+        for part, channels in self.parts:
             first, stop = max(start - offset, 0), min(start + count - offset, channels)
             if first < stop:
                 pieces.append(part if stop - first == channels else part[:, first:stop])
@@ -152,7 +154,7 @@ def walk(x: Tensor, shortcut: Tensor | None, plan: Plan, stage: StageSteps, mask
     activated = x
     if stage.entry_scale is not None and stage.entry_shift is not None:
         activated = stage.entry_relu(x * stage.entry_scale + stage.entry_shift)
-    features = Features(activated)
+    features = Features(activated, plan.in_channels)
     for j, (group, does) in enumerate(zip(plan.groups, stage.groups, strict=True)):
         seen = features.window(group.window_start, group.window_width)
         if masks is not None:
@@ -168,7 +170,7 @@ def walk(x: Tensor, shortcut: Tensor | None, plan: Plan, stage: StageSteps, mask
             sources[plan.slot(j)] = y
             raw.append(y)
             y = y * does.scale + does.shift
-        features.parts.append(does.relu(y))
+        features.append(does.relu(y), k)
     out = features.window(plan.total_channels - plan.read_channels, plan.read_channels)
     if plan.tail is None or stage.tail is None:
         return Walked(out, features, raw)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqconv_triton.nn.classifier import PublishedClassifier
 from seqconv_triton.nn.layers import PackedSeqConv, Stage
 from seqconv_triton.nn.leaf import leaf, refuse_script
-from seqconv_triton.nn.stem import run_stem
+from seqconv_triton.nn.plain import PlainSeqConv
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -62,7 +62,8 @@ class Backbone(nn.Module):
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
         assert isinstance(first, nn.Conv2d)
-        return run_stem(self.stem, network_input(x, first.weight))
+        out: Tensor = self.stem(network_input(x, first.weight))
+        return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits, or to the pooled features [N, num_features] in front of the classifier."""
@@ -88,7 +89,7 @@ class Backbone(nn.Module):
         x = self.forward_stem(x)
         stages = list(self.stages)[: max(chosen) + 1 if stop_early else count]
         for i, stage in enumerate(stages):
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, Stage | PlainSeqConv)
             if i in chosen and stage.plan.tail is None:
                 x = taken[i] = stage(x)
             elif i in chosen:

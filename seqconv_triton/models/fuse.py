@@ -14,33 +14,42 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
+from seqconv_triton.backend.traced import constants
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.nn.layers import PackedSeqConv
+from seqconv_triton.nn.layers import PackedSeqConv, Stage
 from seqconv_triton.nn.norm import Affine, read
+from seqconv_triton.nn.plain import PlainSeqConv
+from seqconv_triton.nn.plain import conv as plain_conv
 from seqconv_triton.nn.stem import StemConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
-def fuse(model: Model, *, pack: bool = False) -> Model:
+def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
     """A copy of `model` for evaluation, with the BNs of all its seqconv_triton layers and networks folded.
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
-    changes nothing in a folded layer, whose weights take no gradients: train the model it was made from. Fold in
-    float32 and convert afterwards: `fuse(model).bfloat16()`. torch.export and ONNX see every conv with a weight and a
-    bias of its own, constants under `constants` in each layer: views of the packed weights that the state dict has.
+    changes nothing in a folded layer, whose parameters take no gradients: train the model it was made from. Fold in
+    float32 and convert afterwards: `fuse(model).bfloat16()`.
 
-    With `pack` the weights are meant to stay as they are. On a CPU the first evaluation in float32
+    With `plain` every conv is an nn.Conv2d with a weight and a bias of its own, and every activation an nn.ReLU: for
+    torch.export, ONNX, quantizers, pruners and whatever else looks for PyTorch's own modules. No kernel of ours and no
+    backend has a part in such a model, which concatenates its windows.
+
+    With `pack` the weights are meant to stay as they are, and become buffers. On a CPU the first evaluation in float32
     then lays them out for oneDNN and keeps that second copy, which makes small batches faster. `copy_`,
     `load_state_dict` and other in-place ops are still seen; writes to `weight.data`, to a NumPy view, or by another
     process into shared memory are not.
 
     Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
-    or computes its weights (parametrizations, pruning).
+    or computes its weights (parametrizations, pruning), and for `pack` and `plain` together.
     """
+    if pack and plain:
+        raise ValueError("pack and plain exclude one another: plain convs are not packed")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     packed = [module for module in model.modules() if isinstance(module, PackedSeqConv)]
@@ -58,7 +67,6 @@ def fuse(model: Model, *, pack: bool = False) -> Model:
             module.requires_grad_(False)
             if pack:
                 _freeze(module)
-            module.set_apart()
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
                 module.norm = _affine("norm", module.norm, next(module.parameters()))
@@ -66,10 +74,28 @@ def fuse(model: Model, *, pack: bool = False) -> Model:
                 conv, norm = module.stem[i], module.stem[i + 1]
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                     module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-            for i, conv in enumerate(module.stem):
-                if isinstance(conv, StemConv2d):
-                    module.stem[i] = conv.plain()
-    return model
+    return _replaced(model, {}) if plain else model  # type: ignore[return-value] # a layer alone is another kind then
+
+
+def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`module`, or what stands for it in plain PyTorch; a module that is shared is replaced by one."""
+    if module in done:
+        return done[module]
+    new = module
+    if isinstance(module, PackedSeqConv):
+        (norms, statistics), convs = module.norms(), module.convs()
+        stage = StageArguments(module.plan, convs, norms, statistics, module.eps)
+        features = module.feature_channels if isinstance(module, Stage) else (0, 0)
+        new = PlainSeqConv(module.plan, constants(stage, convs.transform.dtype), features).eval()
+    elif isinstance(module, StemConv2d):
+        new = plain_conv(
+            module.in_channels, module.out_channels, 3, module.stride[0], 1, module.weight, module.bias
+        ).eval()  # fmt: skip
+    done[module] = new
+    if new is module:
+        for name, child in list(module._modules.items()):
+            module._modules[name] = None if child is None else _replaced(child, done)
+    return new
 
 
 def _freeze(module: PackedSeqConv) -> None:

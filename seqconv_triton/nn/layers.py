@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqconv_triton.backend import backend_for
 from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
-from seqconv_triton.nn.apart import Apart
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read_both, update_running
 from seqconv_triton.nn.watched import fetch, show, watched
@@ -18,7 +16,7 @@ from seqconv_triton.ops import stage as functional
 from seqconv_triton.plan import Plan
 
 
-class PackedSeqConv(Apart):
+class PackedSeqConv(nn.Module):
     """Parameters and statistics of a plan, packed: one tensor for all 1×1 convs, one for all 3×3 convs, two BNs.
 
     `norm` holds the affine and the statistics of the BN behind every channel of the buffer, `reduce_norm` of those
@@ -100,17 +98,8 @@ class PackedSeqConv(Apart):
         return output
 
     def _run(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
-        if read.statistics == "folded" and torch.is_grad_enabled():
-            weights = (*self.parameters(), *self.convs())
-            if any(weight is not None and weight.requires_grad for weight in weights):
-                raise RuntimeError(
-                    "a folded layer (seqconv_triton.fuse) is not for training; train what it was made from"
-                )
-        if self.is_apart and not torch.compiler.is_compiling():
-            self.follow(read.norms)
-        if self.calls_convs(x) and (self.plan.is_single_layer or not keep_buffer):
-            walked = functional.constant_stage(x, self.exported_steps(), self.plan, shortcut)
-            return StageOutput(walked.out, torch.cat([x, *walked.raw], 1) if keep_buffer else None, None)
+        if read.statistics == "folded" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError("a folded layer (seqconv_triton.fuse) is not for training; train what it was made from")
         mask = self.draw_mask(x)
         shown = [norm for norm in (self.norm, self.reduce_norm) if watched(norm)]
         output = functional.stage(
@@ -138,12 +127,6 @@ class PackedSeqConv(Apart):
                 if norm not in shown:  # those have moved theirs themselves
                     update_running(norm, *vectors, count)
         return output
-
-    def calls_convs(self, x: Tensor) -> bool:
-        """Whether the convs of a folded layer are to be called one by one: x is exported, or hooks wait for them."""
-        if not self.is_apart or watched(self.norm) or watched(self.reduce_norm):
-            return False
-        return backend_for(x) == "traced" or (not torch.compiler.is_compiling() and self.constants.watched())
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
@@ -227,9 +210,6 @@ class Stage(PackedSeqConv):
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
         start, stop = self.feature_channels
-        if self.calls_convs(x):
-            walked = functional.constant_stage(x, self.exported_steps(), self.plan)
-            return walked.out, walked.features.window(start, stop - start)
         put_back = fetch(self.norm, self.reduce_norm)
         read = self.read_norms()
         output = self._run(read, x, None, keep_buffer=True)

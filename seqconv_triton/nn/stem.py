@@ -77,44 +77,16 @@ class StemConv2d(nn.Conv2d):
         if self.bias is not None:  # `fuse` puts one here
             nn.init.zeros_(self.bias)
 
-    def plain(self) -> nn.Conv2d:
-        """With the same parameters, as exactly what quantizers look for."""
-        biased = self.bias is not None
-        conv = nn.Conv2d(self.in_channels, self.out_channels, 3, self.stride[0], 1, bias=biased, device="meta")
-        conv.weight, conv.bias = self.weight, self.bias
-        return conv.train(self.training)
-
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        return _compiled(self, x) if behind_op(x) else super().forward(x)
-
-
-def behind_op(x: Tensor) -> bool:
-    # The device last: torch.fx knows none.
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
-
-
-def run_stem(stem: nn.Sequential, x: Tensor) -> Tensor:
-    """`stem(x)`; the plain convs that `fuse` leaves go through the op, too, unless somebody watches them."""
-    if not behind_op(x) or _hooked(stem):
-        out: Tensor = stem(x)
-        return out
-    for module in stem:
-        x = _compiled(module, x) if type(module) is nn.Conv2d and not _hooked(module) else module(x)
-    return x
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _compiled(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    weight = conv.weight
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-    stride = conv.stride[0]
-    assert isinstance(stride, int)
-    with no_autocast(x):
-        out: Tensor = torch.ops.seqconv_triton.stem_conv(x, weight, stride)
-        return out if conv.bias is None else out + conv.bias.to(out.dtype)[:, None, None]
+        if x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return super().forward(x)
+        weight = self.weight
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+        stride = self.stride[0]
+        assert isinstance(stride, int)
+        with no_autocast(x):
+            out: Tensor = torch.ops.seqconv_triton.stem_conv(x, weight, stride)
+            return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]

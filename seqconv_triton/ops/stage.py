@@ -81,12 +81,6 @@ def stage(
     return StageOutput(outputs.out, outputs.buffer if keep_buffer else None, outputs.statistics, counts)
 
 
-def constant_stage(x: Tensor, steps: traced.StageSteps, plan: Plan, shortcut: Tensor | None = None) -> traced.Walked:
-    """A folded stage in plain PyTorch operators, in modules that hold each conv's weight. Raises as `stage`."""
-    check_images("x", x, plan.in_channels)
-    return traced.walk(x, shortcut, plan, steps)
-
-
 def _vectors(norm: NormVectors, statistics: StatisticsMode, dtype: torch.dtype) -> NormVectors:
     """In the dtype of statistics, with those that the mode asks for."""
     weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)

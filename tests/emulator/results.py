@@ -79,12 +79,16 @@ class Results:
         head = ["part", "GPU", "dtype", "tasks", "launches", "warp instructions", *FINDINGS, "output", "gradient"]
         lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
         for g in self.groups():
-            if g["launches"]:
+            if g.get("launches"):
                 cells = [g["part"], g["architecture"], g["dtype"], g["tasks"], g["launches"], f"{g['instructions']:,}"]
                 cells += [g[name] for name in FINDINGS] + [
                     f"{g[n]:.1e}" if n in g else "–" for n in ("output", "gradient")
                 ]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for g in self.groups():
+            if read := g.get("kernels_read"):
+                lines += ["", f"PTX of {read:,} kernels read, {g['architecture']}, {g['dtype']}:"]
+                lines.append(f"{g['complaints']} with poison, or wrong by Triton's issue 9433.")
         lines += ["", "| GPU | kernel | fault | noticed | silent at |", "| --- | --- | --- | --- | --- |"]
         for m in self.mutations():
             where = ", ".join(f"{line} ×{n}" if n > 1 else line for line, n in m["silent"].items()) or "–"
