@@ -63,9 +63,13 @@ def measured() -> str:
             what = f"{text}, {counted['batch']} images, bfloat16"
             lines.append(
                 f"| H100, counted from machine code (`python -m bench floors`), not measured: {what} | – | "
-                f"at least {mine} ms (ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
+                f"at least {mine} ms (by bytes and FLOPs alone: ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
             )
-    return "\n".join(lines) + f"\n\n{caption(contents)}\n"
+    text = caption(contents)
+    if (half := results("cpu-bf16")) is not None:
+        source = half["provenance"]
+        text += f" In bfloat16: a run with torch {source['torch']}, revision {source['revision']}."
+    return "\n".join(lines) + f"\n\n{text}\n"
 
 
 def peers() -> str:
@@ -102,7 +106,10 @@ def bfloat16() -> str:
     contents = results("cpu-bf16")
     if contents is None:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    return "\n".join([f"{caption(contents)}\n", halves.markdown(contents), goals_table(contents)])
+    parts = [f"{caption(contents)}\n", halves.markdown(contents), goals_table(contents)]
+    for dtype in ("bfloat16", "float32"):
+        parts.append(f"In {dtype}. " + losses({"rows": [row for row in contents["rows"] if row["dtype"] == dtype]}))
+    return "\n".join(parts)
 
 
 def cpu(name: str = "cpu", command: str = "make bench") -> str:
