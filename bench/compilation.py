@@ -21,7 +21,7 @@ from bench import peers
 from bench.cases import FIRST
 from bench.processes import python
 from bench.report import say
-from bench.results import FOLDER, provenance
+from bench.results import FOLDER, provenance, write_json
 
 NETWORKS = (FIRST, "resnet50")
 BATCHES, IMAGE = (2, 3, 8, 17), 224
@@ -41,9 +41,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         return 0
     contents: dict[str, Any] = {"provenance": provenance(torch.device("cpu")), "image": IMAGE, "batches": BATCHES}
     contents["rows"] = [in_own_process(name) for name in NETWORKS]
-    temporary = FILE.with_suffix(".tmp")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(FILE)
+    write_json(FILE, contents)
     say(markdown(contents))
     return 0
 
@@ -84,10 +82,6 @@ def measure(network: str) -> dict[str, Any]:
         compilations += counter.frame_count > before
     row = {"network": network, "seconds": seconds, "shares": shares, "compilations": compilations}
     return row | ({"version": peers.label()} if network in peers.PEERS else {})
-
-
-def contents() -> dict[str, Any] | None:
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else None
 
 
 def markdown(contents: dict[str, Any] | None) -> str:

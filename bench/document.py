@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import bounds, compilation, floors, halves
 from bench.cases import FIRST, MODELS
-from bench.results import FOLDER, Row, load
+from bench.results import FOLDER, Row, load, read_json
 from bench.tables import cases_of, goals_table, losses, peers_table, ratio_table, times
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def measured() -> str:
         own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
         if "reference eager" in own and "ours eager" in own:
             lines.append(f"| {text} | {times(own, 'reference', 'ours')} | {times(own, 'ours', 'reference')} |")
-    if (counted := floors.contents()) is not None:
+    if (counted := read_json(floors.FILE)) is not None:
         for text, mode in (("evaluation", "eval"), ("training step", "train")):
             mine, *others = (
                 f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")
@@ -161,8 +161,8 @@ def missing(contents: Contents) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "bfloat16": bfloat16,
-    "compile": lambda: compilation.markdown(compilation.contents()),
-    "floors": lambda: floors.markdown(floors.contents()),
+    "compile": lambda: compilation.markdown(read_json(compilation.FILE)),
+    "floors": lambda: floors.markdown(read_json(floors.FILE)),
     "measured": measured,
     "peers": peers,
     "cpu": cpu,

@@ -7,7 +7,6 @@ minutes for the compiler. What a floor and a roofline are: `seqconv_triton/tools
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 import seqconv_triton as sct
 from bench.cases import MODELS
 from bench.report import say
-from bench.results import FOLDER, Row, provenance
+from bench.results import FOLDER, Row, provenance, write_json
 from seqconv_triton.tools import peers
 from seqconv_triton.tools.ceilings import GPUS
 
@@ -35,9 +34,7 @@ def run_from_arguments(_: argparse.Namespace) -> int:
         "provenance": {name: source[name] for name in ("torch", "triton", "date", "revision")},
         "architecture": ARCHITECTURE, "batch": BATCH, "image": IMAGE, "dtype": "bfloat16", "rows": rows,
     }  # fmt: skip
-    temporary = FILE.with_suffix(".tmp")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(FILE)
+    write_json(FILE, contents)
     say(f"written: {FILE}")
     return 0
 
@@ -65,10 +62,6 @@ def theirs() -> list[Row]:
             r = peers.roofline(name, mode, BATCH, GPUS[ARCHITECTURE], 2, IMAGE)
             found.append({"network": name, "mode": mode} | {k: v for k, v in r._asdict().items() if k != "launches"})
     return found
-
-
-def contents() -> dict[str, Any] | None:
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else None
 
 
 def seconds(found: dict[str, Any], network: str, mode: str) -> float:

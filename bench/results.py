@@ -21,6 +21,19 @@ FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
+def write_json(path: Path, contents: Any) -> None:
+    """Whole, or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 class BadResults(ValueError):
     """A file that is no results file of this format."""
 
@@ -86,12 +99,8 @@ class Results:
         return cls(path, load(path))
 
     def save(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.contents, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(self.path)
+        if self.path is not None:
+            write_json(self.path, self.contents)
 
     def add(self, row: Row) -> None:
         self.contents["rows"].append(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from bench.contenders import build
 from bench.participants import Local
 from bench.processes import python, spawn
 from bench.report import mebibytes, milliseconds, say, speed
-from bench.results import Row, provenance
+from bench.results import Row, provenance, write_json
 from bench.runner import run_case
 
 PLAIN = ("reference eager", "ours eager")
@@ -76,9 +75,8 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     for line in measured(arguments.model, arguments.image, device, arguments.limit):
         say(str(line))
         lines.append(line)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    contents = {"provenance": source, "lines": [asdict(line) for line in lines]}
-    (arguments.output / "showcase.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    lines_as_data = [asdict(line) for line in lines]
+    write_json(arguments.output / "showcase.json", {"provenance": source, "lines": lines_as_data})
     picture = draw(lines, arguments.model, where, arguments.output / "showcase.png")
     say(f"\nThe same as a picture and as data: {picture}, showcase.json\n")
     return 0

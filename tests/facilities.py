@@ -102,6 +102,15 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def write(page: Path, start: str, table: str) -> None:
+    """Put a table between its marker and the end of the table there."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(END)
+    temporary = page.with_suffix(".part")
+    temporary.write_text(f"{before}{start}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    temporary.replace(page)
+
+
 def main(arguments: list[str]) -> int:
     libraries = "--libraries" in arguments
     arguments = [argument for argument in arguments if argument != "--libraries"]
@@ -114,13 +123,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         print(f"{DOCUMENT.name} is as it was: not all tests were asked for.")
         return int(status)
-    start = START.replace("facilities", "libraries") if libraries else START
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(END)
-    temporary = DOCUMENT.with_suffix(".part")
-    temporary.write_text(f"{before}{start}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-    temporary.replace(DOCUMENT)
+    write(DOCUMENT, START.replace("facilities", "libraries") if libraries else START, table)
     return int(status)
 
 

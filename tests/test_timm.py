@@ -214,7 +214,8 @@ def test_traced_by_fx(timm: ModuleType) -> None:
 
 def test_table_of_timms_own_tests() -> None:
     """docs/timm.md holds a whole run, in which nothing failed but TorchScript."""
-    from timm_suite import DOCUMENT, END, FOR_ANY, REFUSED, START
+    from facilities import END
+    from timm_suite import DOCUMENT, FOR_ANY, REFUSED, START
 
     table = DOCUMENT.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
     rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \| (\d+) \| (\d+) \|$", table, re.MULTILINE)

@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 import torch
+from facilities import write
 
 import seqconv_triton as sct
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "timm.md"
-START, END = "<!-- table: make timm -->", "<!-- end of the table -->"
+START = "<!-- table: make timm -->"
 FILE = "tests/test_models.py"
 # Written for some models of timm's; they hold for any. What stands beside the model's name in their tables:
 OTHERS: dict[str, object] = {"model_kwargs": {}, "stop_early_final": True}
@@ -125,15 +126,6 @@ def fetch(folder: Path) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def write(path: Path, table: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-    temporary.replace(path)
-
-
 def main() -> int:
     importlib.import_module("seqconv_triton.interop.timm")  # timm's tests list the models when they are collected
     models = OurModels()
@@ -159,7 +151,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         print(f"{DOCUMENT.name} is as it was: not all tests were asked for.")
     else:
-        write(DOCUMENT, table)
+        write(DOCUMENT, START, table)
     return int(not models.outcomes or any(n["failed"] and name not in REFUSED for name, n in models.outcomes.items()))
 
 

@@ -29,6 +29,14 @@ def foldable_groups(plan: Plan) -> frozenset[int]:
     )
 
 
+def folded_groups(stage: StageArguments, added: bool) -> frozenset[int]:
+    """`foldable_groups` in a pass; `added`: a shortcut from outside comes between every 3×3 conv and its BN."""
+    # `fuse` leaves room for the shortcut that a single layer may be given.
+    if added or (stage.statistics == "folded" and stage.plan.is_single_layer):
+        return frozenset()
+    return foldable_groups(stage.plan)
+
+
 def scale_and_shift(norm: NormVectors, eps: float) -> tuple[Tensor, Tensor]:
     """With BN(x) = scale·x + shift, of known statistics."""
     if norm.mean is None or norm.var is None:
@@ -58,8 +66,7 @@ class Folding:
         self.plan, self.place = stage.plan, place
         plan, k = stage.plan, stage.plan.group_width
         self.done = stage.statistics == "folded"  # by `fuse`
-        # `fuse` leaves room for the shortcut that a single layer may be given.
-        self.foldable = frozenset() if added or (self.done and plan.is_single_layer) else foldable_groups(plan)
+        self.foldable = folded_groups(stage, added)
         scale, shift = (vector.to(dtype) for vector in scale_and_shift(stage.norms.main, stage.eps))
         missing = plan.total_channels - plan.normalized_channels
         # [buffer channels], also of an already activated input, where they are not used.

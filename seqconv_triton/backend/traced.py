@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqconv_triton.backend.contract import StageArguments
-from seqconv_triton.backend.folding import foldable_groups, scale_and_shift
+from seqconv_triton.backend.folding import folded_groups, scale_and_shift
 from seqconv_triton.backend.packing import group_masks, group_transform, group_window
 from seqconv_triton.plan import Plan
 
@@ -48,8 +48,7 @@ def constants(stage: StageArguments, dtype: torch.dtype, added: bool = False) ->
     """
     plan, k, (reduce, transform, tail) = stage.plan, stage.plan.group_width, stage.convs
     done = stage.statistics == "folded"
-    # `fuse` leaves room for the shortcut that a single layer may be given.
-    foldable = frozenset() if added or (done and plan.is_single_layer) else foldable_groups(plan)
+    foldable = folded_groups(stage, added)
     scale, shift = (vector.to(dtype) for vector in scale_and_shift(stage.norms.main, stage.eps))
     inner = None
     if stage.norms.inner is not None:

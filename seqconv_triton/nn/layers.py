@@ -209,11 +209,11 @@ class Stage(PackedSeqConv):
     @leaf
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
-        start, stop = self.feature_channels
         put_back = fetch(self.norm, self.reduce_norm)
         read = self.read_norms()
         output = self._run(read, x, None, keep_buffer=True)
         assert output.buffer is not None
+        start, stop = self.feature_channels
         offset = self.plan.total_channels - self.plan.normalized_channels
         # A batch's statistics are taken again: their gradient then comes for free.
         features = normalise(output.buffer[:, start:stop], read.main, slice(start - offset, stop - offset)).relu_()

@@ -28,23 +28,12 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """A stage's backward pass. Where z was not kept, a group's is computed again in its turn."""
-    if (dtype := working_dtype(buffer)) == buffer.dtype:
-        return _backward(d_out, d_buffer, buffer, z, stage, needs)
-    d_out, d_buffer, z = (None if tensor is None else tensor.to(dtype) for tensor in (d_out, d_buffer, z))
-    wide = stage._replace(convs=cast(stage.convs, dtype))
-    gradients = _backward(d_out, d_buffer, buffer.to(dtype), z, wide, needs)
-    rounded = (g if g is None else g.to(buffer.dtype) for g in gradients[: len(Needs._fields)])
-    return Gradients(*rounded, *gradients[len(Needs._fields) :])  # type: ignore[arg-type] # those of the BNs as they are
-
-
-def _backward(
-    d_out: Tensor | None,
-    d_buffer: Tensor | None,
-    buffer: Tensor,
-    z: Tensor | None,
-    stage: StageArguments,
-    needs: Needs,
-) -> Gradients:
+    if (dtype := working_dtype(buffer)) != buffer.dtype:
+        d_out, d_buffer, z = (None if tensor is None else tensor.to(dtype) for tensor in (d_out, d_buffer, z))
+        wide = stage._replace(convs=cast(stage.convs, dtype))
+        gradients = backward(d_out, d_buffer, buffer.to(dtype), z, wide, needs)
+        rounded = (g if g is None else g.to(buffer.dtype) for g in gradients[: len(Needs._fields)])
+        return Gradients(*rounded, *gradients[len(Needs._fields) :])  # type: ignore[arg-type] # the BNs' as they are
     gradients = empty_gradients(buffer, stage, needs)
     if d_out is None and gradients.tail_weight is not None:
         gradients.tail_weight.zero_()
