@@ -17,7 +17,7 @@ import sys, torch
 import seqconv_triton as sct
 from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
 
-architecture, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+architecture, dtype, part = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 chosen = {}
 models = [("seqresnet_b42", 224), ("seqresnet_b22", 224), ("seqresnext_24", 224)]
 if architecture in ("sm_80", "sm_86"):  # whose narrow tiles have spilled
@@ -30,7 +30,7 @@ for name, size in models:
         flags = sum(kind != "constexpr" for _, kind in item.signature)
         if key not in chosen or flags > chosen[key][0]:
             chosen[key] = flags, item
-for _, item in chosen.values():
+for _, item in list(chosen.values())[part::2]:
     result = compile_launch(item, architecture)
     fits = result.shared <= SHARED_LIMIT[architecture]
     print(item.name, result.instruction, result.spills, fits, result.narrow_loads, item.constants)
@@ -58,7 +58,8 @@ MATRIX = {
     "sm_120": {"HMMA"},
     "gfx942": {"v_mfma"},
 }
-# Every architecture, and every dtype on two of them: float32 is TF32 here, as PyTorch's convolutions are.
+# Every architecture, and every dtype; of each the first or the second half of the kernels, in turn: `python -m bench
+# compiled` takes an hour for all. float32 is TF32 here, as PyTorch's convolutions are.
 COMPILED = [
     ("sm_80", "bfloat16"), ("sm_86", "float16"), ("sm_89", "float32"), ("sm_90", "bfloat16"), ("sm_90", "float32"),
     ("sm_100", "float16"), ("sm_120", "bfloat16"), ("gfx942", "bfloat16"),
@@ -75,8 +76,9 @@ def without_interpreter(program: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("architecture", "dtype"), COMPILED)
 def test_kernels_compile(architecture: str, dtype: str) -> None:
-    rows = [line.split() for line in without_interpreter(PROGRAM, architecture, dtype).splitlines()]
-    assert len(rows) > 20
+    part = COMPILED.index((architecture, dtype)) % 2
+    rows = [line.split() for line in without_interpreter(PROGRAM, architecture, dtype, str(part)).splitlines()]
+    assert len(rows) > 15
     for name, instruction, spills, fits, narrow, *constants in rows:
         if name in ("convolution", "transposed", "pull", "weight_gradient"):
             assert instruction in MATRIX[architecture], (name, instruction)

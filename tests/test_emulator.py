@@ -22,7 +22,7 @@ RUNS = {
     "mutations": ["emulator/test_mutations.py"],
 }
 for number, architecture in enumerate(ARCHITECTURES):
-    options = ["--emulate", architecture, "--share", f"{number}/{len(ARCHITECTURES)}"]
+    options = ["--emulate", architecture, "--share", f"{number}/3"]
     RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options, "test_kernels.py"]
     for dtype in DTYPES:
         RUNS[f"cases, {architecture}, {dtype}"] = ["emulator/test_cases.py", "-k", f"{architecture} and {dtype}"]

@@ -12,14 +12,17 @@ from torch import nn
 import seqconv_triton as sct
 
 facility = pytest.mark.facility
-FEW = ("seqresnet_b22", "cifar_seqresnet_r4_k8", "cifar_seqresnet_dense_r3_k8_n121")
+# Models, and whether they are fused.
+FEW = (("seqresnet_b22", False), ("cifar_seqresnet_r4_k8", True), ("cifar_seqresnet_dense_r3_k8_n121", True))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`--every-model` (make facilities): all of them, which takes minutes."""
-    if "name" in metafunc.fixturenames:
-        names = sct.list_models() if metafunc.config.getoption("every_model") else FEW
-        metafunc.parametrize("name", names)
+    if "folded" in metafunc.fixturenames:
+        every = [(name, folded) for name in sct.list_models() for folded in (False, True)]
+        chosen = every if metafunc.config.getoption("every_model") else FEW
+        ids = [f"{name}-{'fused' if folded else 'plain'}" for name, folded in chosen]
+        metafunc.parametrize(("name", "folded"), chosen, ids=ids)
 
 
 def export(model: nn.Module, x: torch.Tensor, path: Path, **options: object) -> None:
@@ -36,7 +39,6 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
 @facility(
     "ONNX, every model, plain and fused: torch.onnx.export(model, (x,), file, dynamo=True) and InferenceSession(file)"
 )
-@pytest.mark.parametrize("folded", [False, True], ids=["plain", "fused"])
 def test_files_load(tmp_path: Path, name: str, folded: bool) -> None:
     onnx = pytest.importorskip("onnx", reason="the onnx extra")
     pytest.importorskip("onnxscript", reason="the onnx extra")

@@ -6,10 +6,11 @@ Each test names the report. It holds what should have happened there.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import error, randomise, small_imagenet
+from helpers import error, everything, randomise, small_imagenet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -129,3 +130,27 @@ def test_hooks_of_a_model_whose_features_are_taken() -> None:
     last, features = model.forward_intermediates(x)
     assert error(last, seen[0].relu()) < 1e-6 and len(features) == len(model.stages)
     assert error(model.forward_head(last), model(x)) < 1e-6
+
+
+ABOVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "cat": lambda y: torch.cat([y.new_ones(y.shape), y, y], 1).sin(),  # a view of a wider gradient
+    "sum": lambda y: y.sum((2, 3)),  # an expanded one, of stride 0
+    "transpose": lambda y: y.transpose(1, 3).contiguous().sin(),
+    "every second row": lambda y: y[:, :, ::2].sin(),
+}
+
+
+@pytest.mark.parametrize("place", ["cpu", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("above", ABOVE)
+def test_gradients_of_any_layout_from_above(place: torch.device, above: str) -> None:
+    """https://github.com/pytorch/pytorch/issues/194719, 64529: a backward took its gradient for an output's twin."""
+    layer = randomise(sct.SeqConv2d(8, 12, 4, bottleneck=True)).to(place)
+    x = torch.randn(2, 8, 4, 6, device=place)
+
+    def loss(module: nn.Module, t: Tensor) -> list[Tensor]:
+        return [ABOVE[above](module(t))]
+
+    got = everything(copy.deepcopy(layer), x, loss)
+    with sct.use_backend("reference"):
+        expected = everything(layer.double(), x.double(), loss)
+    assert {name for name, value in expected.items() if not error(got[name], value) < 1e-5} == set()

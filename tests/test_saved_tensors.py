@@ -51,7 +51,7 @@ MODULES: dict[str, Callable[[], torch.nn.Module]] = {
     "basic": lambda: sct.SeqConv2d(16, 16, 8),
     "bottleneck": lambda: sct.SeqConv2d(16, 24, 8, bottleneck=True, subgroups=2, dropout=0.3),
     "dense": lambda: sct.SeqConv2d(6, 16, 8, bottleneck=True, windowed=False),
-    "stage": lambda: sct.Stage(Plan.stage(16, 8, 1, extension=16, tail=Tail(32, 3, 2, 4)), dropout=0.2),
+    "stage": lambda: sct.Stage(Plan.stage(16, 16, 1, extension=16, tail=Tail(16, 3, 2, 4)), dropout=0.2),
 }
 
 
@@ -69,15 +69,14 @@ def gradients(module: torch.nn.Module, x: Tensor, hook: AbstractContextManager[N
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("size", [(2, 5, 3), (3, 1, 1)], ids=["5x3", "one-pixel"])
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("hook", HOOKS)
-def test_hooks(place: torch.device, hook: str, module: str, size: tuple[int, int, int], training: bool) -> None:
+def test_hooks(place: torch.device, module: str, size: tuple[int, int, int], training: bool) -> None:
     built = randomise(MODULES[module]()).train(training).to(place)
     images, height, width = size
     x = torch.randn(images, 6 if module == "dense" else 16, height, width, device=place)
     expected = gradients(built, x, hooks(lambda t: t))
-    got = gradients(built, x, HOOKS[hook]())
-    for name, gradient in expected.items():
-        assert torch.equal(got[name], gradient), name
+    for hook, make in HOOKS.items():
+        got = gradients(built, x, make())
+        assert {name for name, gradient in expected.items() if not torch.equal(got[name], gradient)} == set(), hook
 
 
 @pytest.mark.parametrize("hook", HOOKS)

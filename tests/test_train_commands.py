@@ -17,6 +17,8 @@ import seqconv_triton as sct
 from recipes.training import checkpoint, train, trained
 from recipes.training.images import decode
 
+pytestmark = pytest.mark.xdist_group("commands")  # one worker: they share a run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ pytest.importorskip("sklearn", reason="the digits")
 from recipes.training import Config, checkpoint, train
 from recipes.training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
+
 EXTRAS = dict(accumulate=2, ema=0.9, mixup=0.2, label_smoothing=0.1)  # all that has state or random numbers of its own
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in EXTRAS.items()]
 

@@ -117,10 +117,10 @@ def test_any_layout_of_input_and_shortcut(layout: str) -> None:
 @pytest.mark.parametrize("frozen", ["norm", "reduce_norm", "reduce_weight", "transform_weight", "tail_weight", "all"])
 def test_frozen_parameters(frozen: str) -> None:
     """What is frozen gets no gradient; every other gradient stays right, that of the input with it."""
-    stage = randomise(sct.Stage(STAGES["extension"][0]))
+    stage = randomise(sct.Stage(Plan.stage(8, 4, 1, extension=4, tail=Tail(8, 3, 2, 2))))
     for name, parameter in stage.named_parameters():
         parameter.requires_grad_(not (frozen == "all" or name.split(".")[0] == frozen))
-    assert_follows_float64(stage, torch.randn(2, 12, 5, 3), stage_features, 1e-5)
+    assert_follows_float64(stage, torch.randn(2, 8, 5, 3), stage_features, 1e-5)
 
 
 def test_layer_without_a_gradient_of_its_input() -> None:
@@ -151,7 +151,7 @@ class TinyNeXt(ImageNetNetwork):
 
 
 NETWORKS = {
-    "cifar-basic": (partial(sct.CifarSeqResNet, 8, 1, dropout=0.0), 6),
+    "cifar-basic": (partial(sct.CifarSeqResNet, 16, 1, dropout=0.0), 6),
     "cifar-bottleneck": (partial(sct.CifarSeqResNet, 16, 1, bottleneck=True, dropout=0.0), 6),
     "cifar-dense": (partial(sct.CifarSeqResNet, 16, 1, windowed=False, bottleneck=True, dropout=0.0), 5),
     "imagenet": (TinyImageNetNetwork, 24),

@@ -1,6 +1,6 @@
-"""Every case of the table in training, for one architecture and dtype in turn, half of them in evaluation too.
+"""Half of the table's cases in training, for one architecture and dtype in turn, half of those in evaluation too.
 
-`make emulate` runs them all.
+Together they meet every kernel; a minute or two a core. `make emulate` runs all cases in all of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from seqconv_triton import kernels
 GROUPS = list(itertools.product(ARCHITECTURES, DTYPES))
 # A case whose pipeline peels a step off there, which must not shift by a negative tap.
 PEELED = ("basic-k16-dropout", "sm_80", "fp16", True)
+CHOSEN = (
+    "basic-k8", "basic-k32", "basic-k64", "basic-dense-k16-odd", "basic-k16-dropout", "k8",
+    "k8-one-pixel", "k8-s8", "k16-s2", "k24-s2", "k32", "k32-s32",
+    "k64-s2-dropout", "k128-s8", "dense-k8-odd", "dense-k16-s2", "basic-k8-many-tiles", "k8-s2-many-readers",
+    "stage-k8", "stage-k8-s2-repeats", "stage-basic-k16", "stage-dense-k8", "stage-k16-dropout-1x1", "stage-k64",
+)  # fmt: skip
 RUNS = {
     f"{'-'.join(group)}-{case}-{'train' if training else 'eval'}": (case, *group, training)
-    for number, case in enumerate(CASES)
+    for number, case in enumerate(CHOSEN)
     for group in [GROUPS[number % len(GROUPS)]]
     for training in (True, False)
     if training or number // len(GROUPS) % 2 == 0
@@ -31,7 +37,7 @@ RUNS = {
 def test_table_meets_every_kernel() -> None:
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    met = set().union(*(listed(case, "fp16", "sm_90")[1] for case in CASES.values()))
+    met = set().union(*(listed(case, "fp16", "sm_90")[1] for case in (CASES[name] for name in CHOSEN)))
     assert len(written) > 4 and met == written
 
 
