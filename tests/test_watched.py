@@ -239,3 +239,18 @@ def test_hooked_under_autocast_and_compiled() -> None:
     assert error(out, expected(x)) < 1e-5
     assert error(stage.norm.running_mean, expected.norm.running_mean) < 1e-5
     assert stage.norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_hooks_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+    """A network's own vectors are halves, a batch's are not."""
+    layer, plain = pair(**LAYERS[kind])
+    layer.to(dtype), plain.to(dtype)
+    seen, expected = Seen(*named(layer)), Seen(*plain.bn_modules())
+    x = torch.randn(2, 6, 4, 5).to(dtype)
+    for training in (True, False):
+        layer.train(training)(x), plain.train(training)(x)
+        wanted = expected.tensors()
+        for name, value in seen.tensors().items():
+            assert value.dtype == dtype and error(value, wanted[name]) < 0.05, name

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from seqconv_triton.backend.contract import StageOutput
+from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.nn.norm import Reading, StageNorms, normalise
 from seqconv_triton.plan import Plan
@@ -86,8 +86,12 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, mean: Tensor | N
         return
     if mean is not None:
         bn = bn._replace(vectors=bn.vectors._replace(mean=mean, var=var), statistics="running")
+    # Of a network in half precision the batch's vectors are wider than its own.
+    wide = torch.promote_types(raw.dtype, torch.float32)
+    weight, bias, *statistics = (None if vector is None else vector.to(wide) for vector in bn.vectors)
+    assert weight is not None and bias is not None
     with torch.no_grad():
-        expected = normalise(raw, bn).double()
+        expected = normalise(raw.to(wide), bn._replace(vectors=NormVectors(weight, bias, *statistics))).double()
     out = norm(raw)
     if not isinstance(out, Tensor) or not _close(out.detach().double(), expected, TOLERANCE.get(raw.dtype, 0.1)):
         raise RuntimeError(
