@@ -19,6 +19,7 @@ COMMANDS = {
     "gpu": ("GPU tests, then the GPU table, in nine minutes; --dry-run predicts without a GPU", "bench.gpu"),
     "compile": ("what torch.compile costs from empty caches, B42 beside ResNet-50", "bench.compilation"),
     "floors": ("what the ImageNet networks take at least on a GPU, by their machine code", "bench.floors"),
+    "compiled": ("every kernel for every architecture and dtype: instructions and spills", "bench.compiled"),
     "show": ("what the library is for: B42 beside the concatenating code, in a minute", "bench.showcase"),
     "int8": ("SeqResNet-B22 quantised by torchao beside ResNet-50: convs found, speed, distance", "bench.int8"),
     "startup": ("seconds to B42's first compiled training step, caches cold and warm", "bench.startup"),

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, compilation, floors, halves
+from bench import bounds, compilation, compiled, floors, halves
 from bench.cases import FIRST, MODELS
 from bench.results import FOLDER, Row, load, read_json
 from bench.tables import cases_of, goals_table, losses, peers_table, ratio_table, times
@@ -163,6 +163,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bfloat16": bfloat16,
     "compile": lambda: compilation.markdown(read_json(compilation.FILE)),
     "floors": lambda: floors.markdown(read_json(floors.FILE)),
+    "compiled": lambda: compiled.markdown(read_json(compiled.FILE)),
     "measured": measured,
     "peers": peers,
     "cpu": cpu,

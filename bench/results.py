@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -52,6 +53,22 @@ def revision() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def kernels_code(*choices: object) -> str:
+    """A fingerprint of the kernels, of what launches them, and of choices: configurations, cases.
+
+    Without the files that choose configurations, so that a rule for one GPU outdates nothing about another.
+    """
+    root = Path(sct.__file__).parent
+    choosing = {root / "kernels" / f"{name}.py" for name in ("configs", "candidates", "tables")}
+    files = sorted([*(root / "kernels").glob("*.py"), *(root / "backend" / "triton").glob("*.py"), root / "plan.py"])
+    digest = hashlib.sha256()
+    for file in files:
+        if file not in choosing:
+            digest.update(file.read_bytes())
+    digest.update(repr(choices).encode())
+    return digest.hexdigest()[:16]
 
 
 def version(package: str) -> str:

@@ -45,7 +45,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "v_mfma")
+# The matrix instructions, as PTX or AMD's assembly calls them, and as the machine code does.
+MATRIX_INSTRUCTIONS = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "mma.sync": "HMMA", "v_mfma": "v_mfma"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch; `instruction` is the matrix instruction found in the machine code.
+    """What the compiler made of a launch; `spills` are bytes a thread, `instruction` is the matrix instruction.
 
     `load_bits` is the widest load from global memory, `narrow_loads` the number of instructions that load 16 bits.
     """
@@ -187,24 +188,22 @@ def build(item: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def machine_code(compiled: Any) -> tuple[int, int, str]:
-    """Registers, spills and text of what was compiled."""
+def compile_launch(item: Launch, architecture: str) -> Compiled:
+    """Compile for a named architecture and read what came out: PTX, or AMD's assembly, and the assembler's report."""
+    compiled = build(item, TARGETS[architecture])
+    shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spills = (_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
-        return registers, spills, text
-    return _disassemble(compiled.asm["cubin"])
-
-
-def compile_launch(item: Launch, architecture: str) -> Compiled:
-    """Compile for a named architecture and read what came out."""
-    compiled = build(item, TARGETS[architecture])
-    shared = compiled.metadata.shared
-    registers, spills, text = machine_code(compiled)
-    loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
-    loads += [int(n) for n in re.findall(r"LDG(?:STS)?\.E\.(?:[A-Z]+\.)*(64|128)", text)]
-    narrow = len(re.findall(r"(?:buffer|global)_load_(?:u?short|[us]16)|LDG\.E\.(?:[A-Z]+\.)*[US]16", text))
-    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "-")
+        loads = [32 * int(n) for n in re.findall(r"(?:buffer|global)_load_dwordx(\d)", text)]
+        narrow = len(re.findall(r"(?:buffer|global)_load_(?:u?short|[us]16)", text))
+    else:
+        text, usage = compiled.asm["ptx"], cuobjdump("-res-usage", compiled.asm["cubin"])
+        registers, spills = (_number(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK"))
+        loads = [int(n) * int(bits) for n, bits in re.findall(r"\bld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", text)]
+        loads += [8 * int(n, 0) for n in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\], (\w+)", text)]
+        narrow = len(re.findall(r"\bld\.global(?:\.(?!v\d)\w+)*\.[bsu]16\b", text))
+    instruction = next((name for known, name in MATRIX_INSTRUCTIONS.items() if known in text), "-")
     return Compiled(
         item, registers, spills, shared, instruction, max(loads, default=32), narrow,
         occupancy(architecture, registers, shared, item.num_warps),
@@ -216,17 +215,14 @@ def _number(pattern: str, text: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, spilled bytes (stack or local memory) and machine code of a cubin."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What NVIDIA's tool says about a cubin: -res-usage, registers and stack; -sass, its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
-    text = usage.stdout + usage.stderr
-    spills = _number(r"LOCAL:(\d+)", text) + len(re.findall(r"\b(?:STL|LDL)\b", code.stdout))
-    return _number(r"REG:(\d+)", text), spills, code.stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:

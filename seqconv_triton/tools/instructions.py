@@ -15,7 +15,7 @@ from functools import cache
 from typing import NamedTuple
 
 from seqconv_triton.kernels.launch import FAN
-from seqconv_triton.tools.ahead import TARGETS, Launch, build, machine_code
+from seqconv_triton.tools.ahead import TARGETS, Launch, build, cuobjdump
 
 MATRIX = ("HGMMA", "HMMA")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);")
@@ -83,7 +83,7 @@ def anatomy(code: str) -> Anatomy:
 @cache
 def of_launch(item: Launch, architecture: str) -> Anatomy:
     """Compiles what is not in Triton's cache."""
-    return anatomy(machine_code(build(item, TARGETS[architecture]))[2])
+    return anatomy(cuobjdump("-sass", build(item, TARGETS[architecture]).asm["cubin"]))
 
 
 def prepare(items: Iterable[Launch], architecture: str) -> None:

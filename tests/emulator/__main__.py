@@ -3,31 +3,31 @@
 PYTHONPATH=tests python -m emulator [--jobs 2] [--seeds 4] [--only TEXT] [--skip configurations …] [--minutes 60] …
 
 Hours on two cores, so that every finished task is kept (docs/results/emulation-rows.jsonl.gz): a run goes on where the
-last one ended. A row counts as long as the kernels, what launches them and the cases are what they were.
+last one ended. A row counts as long as the kernels, what launches them, the cases and their configurations are what
+they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import seqconv_triton as sct
+from bench.results import kernels_code
 from emulator.build import compiler
 from emulator.results import RESULTS, Results
-from emulator.work import PARTS, Row, all_tasks, execute
+from emulator.work import PARTS, Row, Task, all_tasks, execute
 
 ROWS = RESULTS / "emulation-rows.jsonl.gz"
 
@@ -53,12 +53,11 @@ def main() -> int:
     everything = len(tasks)
     if given.fresh:
         given.rows.unlink(missing_ok=True)
-    for name, row in finished(given.rows):
-        if name in tasks:
-            results.add(tasks.pop(name), row)
+    for name, row in dict(finished(given.rows, tasks)).items():
+        results.add(tasks.pop(name), row)
     for task, row in execute(list(tasks.values()), given.jobs, started + 60 * given.minutes):
         results.add(task, row)
-        keep(given.rows, task.name, row)
+        keep(given.rows, task, row)
         print(f"{len(results.rows)}/{everything} {time.monotonic() - started:6.0f} s  {task.name}: {row}", flush=True)
         for complaint in row.complaints[:5]:
             print(f"    {complaint}", flush=True)
@@ -69,29 +68,29 @@ def main() -> int:
 
 
 @cache
-def code() -> str:
-    """A fingerprint of what the rows are about."""
-    root = Path(sct.__file__).parent
-    files = sorted([*(root / "kernels").glob("*.py"), *(root / "backend" / "triton").glob("*.py"), root / "plan.py"])
-    digest = hashlib.sha256()
-    for file in (*files, Path(__file__).parent / "cases.py"):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def cases() -> str:
+    return (Path(__file__).parent / "cases.py").read_text("utf-8")
 
 
-def finished(file: Path) -> Iterator[tuple[str, Row]]:
+def code(task: Task) -> str:
+    """A fingerprint of what a row is about."""
+    return kernels_code(cases(), task.choices)
+
+
+def finished(file: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Row]]:
     """Names and rows of a file; complaints are to be seen again, so their tasks are not finished."""
     if file.exists():
+        codes = {name: code(task) for name, task in tasks.items()}
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 fingerprint, name, fields = json.loads(line)
-                if fingerprint == code() and not fields["complaints"]:
+                if fingerprint == codes.get(name) and not fields["complaints"]:
                     yield name, Row(Counter(fields.pop("counts")), Counter(fields.pop("findings")), **fields)
 
 
-def keep(file: Path, name: str, row: Row) -> None:
+def keep(file: Path, task: Task, row: Row) -> None:
     with gzip.open(file, "at", encoding="utf-8") as lines:
-        lines.write(json.dumps([code(), name, vars(row)]) + "\n")
+        lines.write(json.dumps([code(task), task.name, vars(row)]) + "\n")
 
 
 if __name__ == "__main__":

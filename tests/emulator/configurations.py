@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from helpers import everything
@@ -22,6 +23,7 @@ def keys_of(case: Case, dtype: str, architecture: str) -> list[Key]:
     return listed(case, dtype, architecture)[0]
 
 
+@cache
 def listed(case: Case, dtype: str, architecture: str) -> tuple[list[Key], set[str]]:
     """The keys of configurations and the names of the kernels of what a case would launch."""
     found: dict[Key, None] = {}

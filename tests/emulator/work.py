@@ -22,11 +22,13 @@ import torch
 import seqconv_triton as sct
 from emulator.cases import ARCHITECTURES, CASES, DTYPES
 from emulator.check import check, float32_products
-from emulator.configurations import Choices, turns
+from emulator.configurations import Choices, keys_of, turns
 from emulator.driver import ptx_alone
 from emulator.mutations import record, shares
 from emulator.ptx import parse
 from emulator.reading import products_from_registers, read
+from seqconv_triton.kernels import candidates as candidates_module
+from seqconv_triton.kernels import configs
 from seqconv_triton.kernels.candidates import MOST, candidates
 from seqconv_triton.kernels.configs import hear_keys
 from seqconv_triton.tools import ahead
@@ -63,11 +65,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
+    """`choices` are the configurations, or the text of the files that choose them."""
+
     part: str
     architecture: str
     dtype: str
     case: str
     work: Callable[[], Row]
+    choices: object
 
     @property
     def name(self) -> str:
@@ -76,26 +81,35 @@ class Task:
 
 def all_tasks(seeds: int) -> list[Task]:
     tasks = []
+    rules = [Path(module.__file__ or "").read_text("utf-8") for module in (configs, candidates_module)]
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
             place = architecture, dtype
             for case in CASES:
                 work = partial(run_case, case, *place, range(seeds))
-                tasks.append(Task("cases", *place, case, work))
+                tasks.append(Task("cases", *place, case, work, chosen(case, *place)))
         # float16 and bfloat16 have the same configurations: they take turns.
         for dtypes in (("fp16", "bf16"), ("tf32",)):
             for number, (case, choices) in enumerate(turns(CASES.values(), dtypes[0], architecture)):
                 place = architecture, dtypes[number % len(dtypes)]
                 work = partial(run_case, case.name, *place, (0, 1 + number % 8), choices, only_training=True)
-                tasks.append(Task("configurations", *place, f"{case.name} {number}", work))
+                configured = chosen(case.name, *place) | choices
+                tasks.append(Task("configurations", *place, f"{case.name} {number}", work, configured))
         for seed in range(1, 1 + seeds):
-            tasks.append(Task("alone", architecture, "all", f"seed {seed}", partial(run_alone, architecture, seed)))
+            work = partial(run_alone, architecture, seed)
+            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, rules))
         for case in MUTATED:
-            tasks.append(Task("mutations", architecture, "fp16", case, partial(run_mutations, case, architecture)))
+            work = partial(run_mutations, case, architecture)
+            tasks.append(Task("mutations", architecture, "fp16", case, work, chosen(case, architecture, "fp16")))
     for model in MODELS:
         for dtype in DTYPES:
-            tasks.append(Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype)))
+            tasks.append(Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype), rules))
     return tasks
+
+
+def chosen(case: str, architecture: str, dtype: str) -> Choices:
+    """What the heuristic chooses for a case."""
+    return {key: configs.heuristic(key, architecture) for key in keys_of(CASES[case], dtype, architecture)}
 
 
 def execute(tasks: Sequence[Task], jobs: int, deadline: float) -> Iterator[tuple[Task, Row]]:

@@ -1,0 +1,112 @@
+"""`python -m bench compiled`: every kernel of every model, compiled for every architecture and dtype, and what spills.
+
+Into bench/results/compiled.json, from which docs/performance.md takes its table. No GPU is needed, but an hour of two
+cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import seqconv_triton as sct
+from bench.report import say
+from bench.results import FOLDER, Row, kernels_code, provenance, read_json, write_json
+from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES
+
+if TYPE_CHECKING:
+    from seqconv_triton.tools.ahead import Launch
+
+FILE = FOLDER / "compiled.json"
+BATCH = 32
+MATRIX_KERNELS = ("convolution", "transposed", "pull", "weight_gradient")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES, help="some of them")
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="some of them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--fresh", action="store_true", help="compile anew what the file has")
+
+
+def run_from_arguments(arguments: argparse.Namespace) -> int:
+    source = provenance(torch.device("cpu"))
+    before = None if arguments.fresh else read_json(FILE)
+    rows = {(row["architecture"], row["dtype"]): row for row in (before or {"rows": []})["rows"]}
+    order = [(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
+    asked = [pair for pair in order if pair[0] in arguments.arch and pair[1] in arguments.dtype]
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(compile_pair, *pair, rows.get(pair)) for pair in asked]):
+            row = done.result()
+            rows[row["architecture"], row["dtype"]] = row
+            contents = {name: source[name] for name in ("torch", "triton", "date")}
+            contents |= {"models": sct.list_models(), "rows": [rows[pair] for pair in order if pair in rows]}
+            write_json(FILE, contents)
+            say(f"{row['architecture']} {row['dtype']}: {row['kernels']} kernels, {len(row['faults'])} faults")
+            for fault in row["faults"]:
+                say(f"    {fault}")
+    return int(any(row["faults"] for row in rows.values()))
+
+
+def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
+    """Every distinct kernel that training and evaluation of any model launches there; `before`, if it still holds."""
+    from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
+
+    started = time.perf_counter()
+    found: dict[Launch, str] = {}
+    for name in sct.list_models():
+        size = 32 if name.startswith("cifar") else 224
+        for item in launches(sct.create_model(name, device="meta"), size, BATCH, DTYPES[dtype], architecture):
+            found.setdefault(item, name)
+    code = kernels_code(sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
+    if before is not None and before["code"] == code:
+        return before
+    faults, instructions, largest = [], Counter[str](), 0
+    for item, name in found.items():
+        result = compile_launch(item, architecture)
+        largest = max(largest, result.shared)
+        is_matrix = item.name in MATRIX_KERNELS
+        instructions[result.instruction if is_matrix else "elementwise"] += 1
+        wrong = {
+            f"spills {result.spills} bytes": result.spills > 0,
+            f"{result.shared} bytes of shared memory": result.shared > SHARED_LIMIT[architecture],
+            "no matrix instruction": is_matrix and result.instruction == "-",
+            f"{result.narrow_loads} loads of single elements": is_matrix and result.narrow_loads > 0,
+        }
+        if any(wrong.values()):
+            said = ", ".join(what for what, is_so in wrong.items() if is_so)
+            faults.append(f"{item.name} of {name}: {said}; {describe(item)}")
+    return {
+        "architecture": architecture, "dtype": dtype, "code": code, "kernels": len(found),
+        "instructions": dict(instructions), "largest_shared": largest, "faults": faults,
+        "seconds": round(time.perf_counter() - started),
+    }  # fmt: skip
+
+
+def describe(item: Launch) -> str:
+    sides = ", ".join(f"{name} {value}" for name, value in item.constants if isinstance(value, int) and value)
+    return f"{sides}, {item.num_warps} warps, {item.num_stages} stages"
+
+
+def markdown(found: dict[str, Any] | None) -> str:
+    """The table of docs/performance.md."""
+    if found is None:
+        return "Not compiled yet: `python -m bench compiled` writes this table.\n"
+    lines = ["| | kernels | by matrix instruction | most shared memory | faults |", "| --- | --- | --- | --- | --- |"]
+    for row in found["rows"]:
+        by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(row["instructions"].items()))
+        name, shared = f"{row['architecture']}, {row['dtype']}", f"{row['largest_shared'] / 1024:.0f} KiB"
+        lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {len(row['faults'])} |")
+    said: Sequence[str] = [
+        f"- {row['architecture']}, {row['dtype']}: {f}" for row in found["rows"] for f in row["faults"]
+    ]
+    tail = f"\nCompiled with triton {found['triton']}, {found['date']}: {len(found['models'])} models.\n"
+    return "\n".join([*lines, *(["", *said] if said else []), tail])
