@@ -151,8 +151,8 @@ STEPS = {
         "transposed tail 64×64×64": 505,
         "weight gradient 1×1 128×64×64": 291,
         "weight gradient 3×3 128×32×64": 241,
-        "weight gradient 3×3 128×64×64": 313,
-        "weight gradient tail 128×64×64": 365,
+        "weight gradient 3×3 128×64×64": 183,
+        "weight gradient tail 128×64×64": 279,
         "weight gradient tail 64×64×64": 328,
     },
 }  # fmt: skip

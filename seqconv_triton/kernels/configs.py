@@ -269,15 +269,19 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     hopper = arch.startswith("sm_9")
     longest = 32 if element_size == 4 or arch.startswith(("sm_8", "sm_12")) else 64
     block_k = max(16, min(longest, next_power_of_2(reduction)))
+    # The assembler keeps registers for more programs at a time on sm_8x, and spills in what follows.
+    ampere, small = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
     if kernel == "weight_gradient":
-        narrow = block_k == 16 and block_n == 128 and arch.startswith("sm_8")  # nine taps: four warps spill
-        return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 8 if narrow else 4, stages)
+        if ampere and key.taps == 1 and block_n == 128:
+            stages = 2
+        # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
+        many = block_n == 128 and key.taps > 1 and ((ampere and block_k == 16) or (hopper and block_k == 64))
+        return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 8 if many else 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
     many = block_n * element_size > 128 and not hopper
-    if arch.startswith(("sm_86", "sm_89")):
-        # The assembler keeps registers for more programs at a time there, and spills in these.
-        if kernel == "convolution" and block_n == 16 and key.taps == 1:
+    if kernel == "convolution":
+        if (small and block_n == 16 and key.taps == 1) or (ampere and block_n == 64 and key.taps > 1):
             stages = 3
-        elif kernel == "pull" and many and reduction == 16:
-            many = False
+    elif kernel == "pull" and (ampere if block_n == 128 else small and reduction == 16):
+        many = False
     return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)
