@@ -22,8 +22,8 @@ RUNS = {
     "mutations": ["emulator/test_mutations.py"],
 }
 for number, architecture in enumerate(ARCHITECTURES):
-    options = ["--emulate", architecture, "--share", f"{number}/3"]
-    RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options, "test_kernels.py"]
+    options = ["--emulate", architecture, "--share", f"{number}/3", "test_kernels.py", "test_kernels_backward.py"]
+    RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options]
     for dtype in DTYPES:
         RUNS[f"cases, {architecture}, {dtype}"] = ["emulator/test_cases.py", "-k", f"{architecture} and {dtype}"]
 

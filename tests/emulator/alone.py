@@ -1,6 +1,6 @@
 """A pytest plugin: every test runs on the emulator, and what the emulator finds fails it.
 
-    python -m pytest -p emulator.alone --emulate sm_80 tests/test_kernels.py
+    python -m pytest -p emulator.alone --emulate sm_80 tests/test_kernels*.py
 
 So the tests of single kernels, which the interpreter runs elsewhere, execute compiled code.
 """

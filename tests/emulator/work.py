@@ -166,7 +166,8 @@ def run_alone(architecture: str, seed: int) -> Row:
         done = subprocess.run(
             [
                 sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "emulator.alone",
-                "--emulate", architecture, "--seed", str(seed), "--record", str(lines), str(TESTS / "test_kernels.py"),
+                "--emulate", architecture, "--seed", str(seed), "--record", str(lines),
+                str(TESTS / "test_kernels.py"), str(TESTS / "test_kernels_backward.py"),
             ],
             env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,
         )  # fmt: skip
