@@ -97,3 +97,34 @@ def test_few_kernels_for_any_batch_and_image() -> None:
     """
     b42, dense = map(int, without_interpreter(SAME_KERNELS).split())
     assert b42 <= 98 and dense <= 43
+
+
+# Nothing is compiled: every second kernel spills, and a row is kept as long as the launches are what they were.
+KEPT_ROWS = """
+import itertools
+import seqconv_triton as sct
+from bench import compiled
+from seqconv_triton.kernels import configs
+from seqconv_triton.tools import ahead
+
+count = itertools.count()
+
+def pretend(item, architecture):
+    return ahead.Compiled(item, 99, 8 * (next(count) % 2), 1024, "HMMA", 128, 0, 0.5)
+
+ahead.compile_launch = pretend
+sct.list_models = lambda: ["cifar_seqresnet_r4_k8"]
+row = compiled.compile_pair("sm_80", "bfloat16", None)
+assert row["kernels"] == next(count) > 10 and len(row["faults"]) == row["kernels"] // 2
+assert "convolution of cifar_seqresnet_r4_k8: spills 8 bytes; " in " ".join(row["faults"])
+text = compiled.markdown({"triton": "3", "date": "today", "models": ["m"], "rows": [row]})
+assert f"| sm_80, bfloat16 | {row['kernels']} | " in text and text.count("spills 8 bytes") == len(row["faults"])
+assert compiled.compile_pair("sm_80", "bfloat16", row) is row
+assert compiled.compile_pair("sm_80", "float16", row) is not row
+with configs.use_tables({}), configs.pin("pull", 16, 16):
+    assert compiled.compile_pair("sm_80", "bfloat16", row) is not row
+"""
+
+
+def test_rows_of_what_is_compiled_are_kept() -> None:
+    without_interpreter(KEPT_ROWS)
