@@ -285,6 +285,6 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
         elif arch.startswith("sm_10") and block_n == 16 and key.taps == 1:
             block_k = min(block_k, 32)
     elif kernel == "pull":
-        many = many and not (ampere and block_n == 128) and not (small and reduction == 16)
+        many = many and not (ampere and block_n == 128 and element_size == 2) and not (small and reduction == 16)
         many = many or (arch.startswith("sm_12") and block_n == 64)
     return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)
