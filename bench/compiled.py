@@ -69,24 +69,24 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
     code = kernels_code(sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
     if before is not None and before["code"] == code:
         return before
-    faults, instructions, largest = [], Counter[str](), 0
+    faults, instructions, largest, narrow = [], Counter[str](), 0, 0
     for item, name in found.items():
         result = compile_launch(item, architecture)
         largest = max(largest, result.shared)
         is_matrix = item.name in MATRIX_KERNELS
+        narrow += is_matrix and result.narrow_loads > 0  # a tile of 16 × 16 has one element for every lane of AMD's
         instructions[result.instruction if is_matrix else "elementwise"] += 1
         wrong = {
             f"spills {result.spills} bytes": result.spills > 0,
             f"{result.shared} bytes of shared memory": result.shared > SHARED_LIMIT[architecture],
             "no matrix instruction": is_matrix and result.instruction == "-",
-            f"{result.narrow_loads} loads of single elements": is_matrix and result.narrow_loads > 0,
         }
         if any(wrong.values()):
             said = ", ".join(what for what, is_so in wrong.items() if is_so)
             faults.append(f"{item.name} of {name}: {said}; {describe(item)}")
     return {
         "architecture": architecture, "dtype": dtype, "code": code, "kernels": len(found),
-        "instructions": dict(instructions), "largest_shared": largest, "faults": faults,
+        "instructions": dict(instructions), "largest_shared": largest, "narrow": narrow, "faults": faults,
         "seconds": round(time.perf_counter() - started),
     }  # fmt: skip
 
@@ -100,11 +100,12 @@ def markdown(found: dict[str, Any] | None) -> str:
     """The table of docs/performance.md."""
     if found is None:
         return "Not compiled yet: `python -m bench compiled` writes this table.\n"
-    lines = ["| | kernels | by matrix instruction | most shared memory | faults |", "| --- | --- | --- | --- | --- |"]
+    heads = ("", "kernels", "by matrix instruction", "most shared memory", "load single elements", "faults")
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 5]
     for row in found["rows"]:
         by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(row["instructions"].items()))
         name, shared = f"{row['architecture']}, {row['dtype']}", f"{row['largest_shared'] / 1024:.0f} KiB"
-        lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {len(row['faults'])} |")
+        lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {row['narrow']} | {len(row['faults'])} |")
     said: Sequence[str] = [
         f"- {row['architecture']}, {row['dtype']}: {f}" for row in found["rows"] for f in row["faults"]
     ]
