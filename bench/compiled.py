@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import torch
 import seqconv_triton as sct
 from bench.report import say
 from bench.results import FOLDER, Row, kernels_code, provenance, read_json, write_json
+from seqconv_triton.kernels.configs import TWO_STAGES
 from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FILE = FOLDER / "compiled.json"
 BATCH = 32
-MATRIX_KERNELS = ("convolution", "transposed", "pull", "weight_gradient")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    source = provenance(torch.device("cpu"))
     before = None if arguments.fresh else read_json(FILE)
     rows = {(row["architecture"], row["dtype"]): row for row in (before or {"rows": []})["rows"]}
     order = [(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
@@ -47,9 +45,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         for done in as_completed([pool.submit(compile_pair, *pair, rows.get(pair)) for pair in asked]):
             row = done.result()
             rows[row["architecture"], row["dtype"]] = row
-            contents = {name: source[name] for name in ("torch", "triton", "date")}
-            contents |= {"models": sct.list_models(), "rows": [rows[pair] for pair in order if pair in rows]}
-            write_json(FILE, contents)
+            write_json(FILE, {"models": sct.list_models(), "rows": [rows[pair] for pair in order if pair in rows]})
             say(f"{row['architecture']} {row['dtype']}: {row['kernels']} kernels, {len(row['faults'])} faults")
             for fault in row["faults"]:
                 say(f"    {fault}")
@@ -60,20 +56,20 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
     """Every distinct kernel that training and evaluation of any model launches there; `before`, if it still holds."""
     from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
 
-    started = time.perf_counter()
+    started, source = time.perf_counter(), provenance(torch.device("cpu"))
     found: dict[Launch, str] = {}
     for name in sct.list_models():
         size = 32 if name.startswith("cifar") else 224
         for item in launches(sct.create_model(name, device="meta"), size, BATCH, DTYPES[dtype], architecture):
             found.setdefault(item, name)
-    code = kernels_code(sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
+    code = kernels_code(source["triton"], sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
     if before is not None and before["code"] == code:
         return before
     faults, instructions, largest, narrow = [], Counter[str](), 0, 0
     for item, name in found.items():
         result = compile_launch(item, architecture)
         largest = max(largest, result.shared)
-        is_matrix = item.name in MATRIX_KERNELS
+        is_matrix = item.name in TWO_STAGES  # the kernels that multiply
         narrow += is_matrix and result.narrow_loads > 0  # a tile of 16 × 16 has one element for every lane of AMD's
         instructions[result.instruction if is_matrix else "elementwise"] += 1
         wrong = {
@@ -85,7 +81,8 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
             said = ", ".join(what for what, is_so in wrong.items() if is_so)
             faults.append(f"{item.name} of {name}: {said}; {describe(item)}")
     return {
-        "architecture": architecture, "dtype": dtype, "code": code, "kernels": len(found),
+        "architecture": architecture, "dtype": dtype, "triton": source["triton"], "date": source["date"], "code": code,
+        "kernels": len(found),
         "instructions": dict(instructions), "largest_shared": largest, "narrow": narrow, "faults": faults,
         "seconds": round(time.perf_counter() - started),
     }  # fmt: skip
@@ -106,8 +103,7 @@ def markdown(found: dict[str, Any] | None) -> str:
         by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(row["instructions"].items()))
         name, shared = f"{row['architecture']}, {row['dtype']}", f"{row['largest_shared'] / 1024:.0f} KiB"
         lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {row['narrow']} | {len(row['faults'])} |")
-    said: Sequence[str] = [
-        f"- {row['architecture']}, {row['dtype']}: {f}" for row in found["rows"] for f in row["faults"]
-    ]
-    tail = f"\nCompiled with triton {found['triton']}, {found['date']}: {len(found['models'])} models.\n"
+    said = [f"- {row['architecture']}, {row['dtype']}: {f}" for row in found["rows"] for f in row["faults"]]
+    sources = sorted({f"triton {row['triton']}, {row['date']}" for row in found["rows"]})
+    tail = f"\nCompiled with {'; '.join(sources)}: {len(found['models'])} models.\n"
     return "\n".join([*lines, *(["", *said] if said else []), tail])

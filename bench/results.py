@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,19 @@ def revision() -> str:
 
 
 def kernels_code(*choices: object) -> str:
-    """A fingerprint of the kernels, of what launches them, and of choices: configurations, cases.
+    """A fingerprint of the kernels, of what launches them, and of choices: configurations, cases."""
+    digest = hashlib.sha256(_kernel_sources())
+    digest.update(repr(choices).encode())
+    return digest.hexdigest()[:16]
 
-    Without the files that choose configurations, so that a rule for one GPU outdates nothing about another.
-    """
+
+@cache
+def _kernel_sources() -> bytes:
+    """Without the files that choose configurations, so that a rule for one GPU outdates nothing about another."""
     root = Path(sct.__file__).parent
     choosing = {root / "kernels" / f"{name}.py" for name in ("configs", "candidates", "tables")}
     files = sorted([*(root / "kernels").glob("*.py"), *(root / "backend" / "triton").glob("*.py"), root / "plan.py"])
-    digest = hashlib.sha256()
-    for file in files:
-        if file not in choosing:
-            digest.update(file.read_bytes())
-    digest.update(repr(choices).encode())
-    return digest.hexdigest()[:16]
+    return b"".join(file.read_bytes() for file in files if file not in choosing)
 
 
 def version(package: str) -> str:

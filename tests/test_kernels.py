@@ -26,7 +26,7 @@ from kernel_operands import (
     random_norm,
     random_weight,
     shape_of,
-)  # fmt: skip
+)
 
 from seqconv_triton.backend.triton.parts import in_blocks, mirrored, packed, taps_first
 from seqconv_triton.kernels import configs, launch

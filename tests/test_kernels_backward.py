@@ -22,7 +22,7 @@ from kernel_operands import (
     random_norm,
     random_weight,
     shape_of,
-)  # fmt: skip
+)
 
 from seqconv_triton.backend.triton.parts import in_blocks, mirrored, packed
 from seqconv_triton.kernels import launch

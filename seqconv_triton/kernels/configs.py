@@ -269,7 +269,8 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     hopper = arch.startswith("sm_9")
     longest = 32 if element_size == 4 or arch.startswith(("sm_8", "sm_12")) else 64
     block_k = max(16, min(longest, next_power_of_2(reduction)))
-    # The assembler keeps registers for more programs at a time on sm_8x, and spills in what follows.
+    # Exceptions below are kernels that spill otherwise (`python -m bench compiled`), most of them on sm_8x, where the
+    # assembler keeps registers back for more programs at a time.
     ampere, small = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
     if kernel == "weight_gradient":
         if ampere and key.taps == 1 and block_n == 128:
