@@ -59,8 +59,8 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
     started, source = time.perf_counter(), provenance(torch.device("cpu"))
     found: dict[Launch, str] = {}
     for name in sct.list_models():
-        size = 32 if name.startswith("cifar") else 224
-        for item in launches(sct.create_model(name, device="meta"), size, BATCH, DTYPES[dtype], architecture):
+        model = sct.create_model(name, device="meta")
+        for item in launches(model, model.image_size, BATCH, DTYPES[dtype], architecture):
             found.setdefault(item, name)
     code = kernels_code(source["triton"], sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
     if before is not None and before["code"] == code:

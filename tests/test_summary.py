@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 import seqconv_triton as sct
 from seqconv_triton.cli import main
 from seqconv_triton.tools.info import kept_for_backward, summarize
+from seqconv_triton.tools.kernels import images_of
 
 # parameters (exact), multiply-adds in G at the paper's image size, the paper's GFLOPs
 FIGURES = {
@@ -102,6 +105,16 @@ def test_kernels_says_when_it_cannot_compile(capsys: pytest.CaptureFixture[str])
     pytest.importorskip("triton", reason="Triton is for Linux only")
     assert main(["kernels", "seqresnet_b22"]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch", "size", "said"), [(0, None, "--batch (0)"), (1, 0, "--image-size (0)")])
+def test_images_that_commands_measure_with(batch: int, size: int | None, said: str) -> None:
+    for name, side in (("seqresnet_b22", 224), ("cifar_seqresnet_r4_k8", 32)):
+        model = sct.create_model(name, device="meta")
+        assert images_of(Namespace(batch=2, image_size=None), model) == (2, 3, side, side)
+        assert images_of(Namespace(batch=2, image_size=64), model) == (2, 3, 64, 64)
+        with pytest.raises(ValueError, match=re.escape(f"{said} must be at least 1")):
+            images_of(Namespace(batch=batch, image_size=size), model)
 
 
 IMPORT = """

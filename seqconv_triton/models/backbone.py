@@ -23,6 +23,7 @@ class Backbone(nn.Module):
     """
 
     published_classes: ClassVar[tuple[int, ...]] = ()
+    image_size: ClassVar[int] = 224  # pixels, the side of the paper's images
     __prepare_scriptable__ = refuse_script
 
     def __init__(self, stem: nn.Sequential, stages: Sequence[Stage], num_classes: int, stem_reduction: int) -> None:

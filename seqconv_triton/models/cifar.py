@@ -34,6 +34,7 @@ class CifarSeqResNet(Backbone):
     """
 
     published_classes = (10, 100)
+    image_size = 32
 
     def __init__(
         self,

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
 from seqconv_triton.tools import peers
 from seqconv_triton.tools.ceilings import GPUS, Gpu
-from seqconv_triton.tools.kernels import DTYPES
+from seqconv_triton.tools.kernels import DTYPES, images_of
 
 if TYPE_CHECKING:
     from seqconv_triton.tools.cost import Work
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features; float32 as TF32")
     parser.add_argument("--mode", choices=("eval", "train", "both"), default="both", help="(default: both)")
     parser.add_argument("--batch", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224; CIFAR's models: 32)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
@@ -41,25 +41,22 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing can be compiled while kernels are interpreted", file=sys.stderr)
         return 2
-    for name in ("batch", "image_size"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must be at least 1")
+    model = create_model(arguments.model, device="meta")
+    images = images_of(arguments, model)
     from seqconv_triton.tools.cost import model_work
 
     gpu, dtype = GPUS[arguments.arch], DTYPES[arguments.dtype]
     if arguments.dtype == "float32":
         gpu = replace(gpu, operations_per_second=gpu.operations_per_second / 2)
-    model = create_model(arguments.model, device="meta")
-    size = 32 if arguments.model in list_models("cifar_*") else arguments.image_size
-    print(f"{arguments.arch}, {arguments.dtype}, batch {arguments.batch}, {size}² pixels; {gpu}")
+    print(f"{arguments.arch}, {arguments.dtype}, batch {arguments.batch}, {images[-1]}² pixels; {gpu}")
     sums = []
     for mode in ("eval", "train") if arguments.mode == "both" else (arguments.mode,):
-        works = model_work(model, (arguments.batch, 3, size, size), dtype, mode == "train", arguments.arch)
+        works = model_work(model, images, dtype, mode == "train", arguments.arch)
         print(f"\n{arguments.model}, {MODES[mode]}", *kernel_lines(works, gpu, arguments.arch), sep="\n", flush=True)
         sums.append(model_line(arguments.model, mode, works, gpu, arguments.arch, arguments.batch))
     print("", NETWORKS + f"{'÷ roofline':>11}{'images/s':>10}", *sums, sep="\n")
-    if size % 32 == 0 and size > 32:
-        print(*peer_lines(arguments.mode, arguments.batch, gpu, dtype.itemsize, size), sep="\n")
+    if images[-1] % 32 == 0 and images[-1] > 32:
+        print(*peer_lines(arguments.mode, arguments.batch, gpu, dtype.itemsize, images[-1]), sep="\n")
     return 0
 
 

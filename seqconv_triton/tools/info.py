@@ -64,10 +64,10 @@ def summarize(name: str, image_size: int | None = None) -> Summary:
 
     Raises ValueError for an unknown name or an image_size below 1.
     """
-    size = (32 if name.startswith("cifar") else 224) if image_size is None else image_size
+    model = create_model(name, device="meta")
+    size = model.image_size if image_size is None else image_size
     if size < 1:
         raise ValueError(f"image_size ({size}) must be at least 1")
-    model = create_model(name, device="meta")
     parameters = list(model.parameters())
     kept = {}
     for backend in ("aten", "reference"):
@@ -191,7 +191,7 @@ def render(summary: Summary, windows: bool = False) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a model's name; without one, a line for every model")
-    parser.add_argument("--image-size", type=int, help="pixels (default: 224, or 32 for the CIFAR models)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
     parser.add_argument("--windows", action="store_true", help="also draw the windows of every stage")
 
 

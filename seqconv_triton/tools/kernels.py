@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.models.backbone import Backbone
+from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -20,7 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
     parser.add_argument("--tuned", metavar="GPU", help='with the table that ships for a GPU, such as "NVIDIA H200"')
     parser.add_argument("--batch", type=int, default=32, help="images; only their divisibility by 16 matters")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
+
+
+def images_of(arguments: argparse.Namespace, model: Backbone) -> tuple[int, int, int, int]:
+    """[N, 3, H, W] as --batch and --image-size say; without the latter, the side of the paper's images.
+
+    Raises ValueError where one of them is below 1.
+    """
+    size = model.image_size if arguments.image_size is None else arguments.image_size
+    for option, given in {"--batch": arguments.batch, "--image-size": size}.items():
+        if given < 1:
+            raise ValueError(f"{option} ({given}) must be at least 1")
+    return arguments.batch, 3, size, size
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
@@ -38,8 +51,8 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     if tables == ({},):
         raise ValueError(f"no table ships for {arguments.tuned!r} (docs/tuning.md: how to contribute one)")
     model = create_model(arguments.model, device="meta")
-    size = 32 if arguments.model in list_models("cifar_*") else arguments.image_size
-    found = launches(model, size, arguments.batch, DTYPES[arguments.dtype], arguments.arch, tables=tables)
+    batch, _, size, _ = images_of(arguments, model)
+    found = launches(model, size, batch, DTYPES[arguments.dtype], arguments.arch, tables=tables)
     print(f"{arguments.model}, {arguments.dtype}, {arguments.arch}: {len(found)} distinct kernels")
     print(f"{'kernel':<20}{'tile':>12}{'taps':>5}{'warps':>6}{'registers':>10}{'spills':>7}", end="")
     print(f"{'shared':>8}{'matrix':>8}{'load':>5}{'narrow':>7}{'occupancy':>10}")

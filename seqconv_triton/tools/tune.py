@@ -19,9 +19,9 @@ import seqconv_triton as sct
 from seqconv_triton.kernels import tables
 from seqconv_triton.kernels.candidates import candidates
 from seqconv_triton.kernels.configs import Key, LaunchConfig, architecture, assume, reload_tables, use_tables
-from seqconv_triton.models.registry import create_model, list_models
+from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
-from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES
+from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES, images_of
 
 if TYPE_CHECKING:
     from seqconv_triton.nn.layers import PackedSeqConv
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", type=int, nargs="?", const=0, default=0, help="index of the GPU (default: 0)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
     parser.add_argument("--batch", type=int, default=64, help="images to measure with (default: 64)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels to measure with (default: 224)")
+    parser.add_argument("--image-size", type=int, help="pixels to measure with (default: the paper's, 224 or 32)")
     parser.add_argument("--seconds", type=float, default=120.0, help="keys left after that stay (default: 120)")
     parser.add_argument("--dry-run", action="store_true", help="list keys and candidates, measure nothing; no GPU")
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="for --dry-run (default: sm_90)")
@@ -44,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """0; 1 if a kernel computed wrongly or the table could not be written; 2 where nothing can be measured."""
-    for name in ("batch", "image_size", "seconds"):
-        if getattr(arguments, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
+    if arguments.seconds <= 0:
+        raise ValueError(f"--seconds ({arguments.seconds}) must be positive")
     require("tune", "triton", "triton")
     import triton
 
@@ -83,9 +82,8 @@ def gpu_timer(run: Callable[[], object]) -> list[float]:
 
 def works_of(arguments: argparse.Namespace, arch: str) -> list[Work]:
     """The keys of the model that is named."""
-    size = 32 if arguments.model in list_models("cifar_*") else arguments.image_size
     model = create_model(arguments.model, device="meta")
-    return collect(model, (arguments.batch, 3, size, size), DTYPES[arguments.dtype], arch)
+    return collect(model, images_of(arguments, model), DTYPES[arguments.dtype], arch)
 
 
 def collect(model: torch.nn.Module, images: tuple[int, ...], dtype: torch.dtype, arch: str) -> list[Work]:
@@ -228,7 +226,9 @@ def provenance(arguments: argparse.Namespace) -> dict[str, str]:
     import triton
 
     command = ["python", "-m", "seqconv_triton", "tune", arguments.model, "--dtype", arguments.dtype]
-    command += ["--batch", str(arguments.batch), "--image-size", str(arguments.image_size)]
+    command += ["--batch", str(arguments.batch)]
+    if arguments.image_size is not None:
+        command += ["--image-size", str(arguments.image_size)]
     return {
         "seqconv_triton": sct.__version__,
         "torch": torch.__version__,
