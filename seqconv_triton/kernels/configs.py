@@ -273,7 +273,7 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     # assembler keeps registers back for more programs at a time.
     ampere, small = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
     if kernel == "weight_gradient":
-        if ampere and key.taps == 1 and block_n == 128:
+        if ampere and key.taps == 1 and block_n == 128 and (small or reduction > 1024):
             stages = 2
         # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
         many = block_n == 128 and key.taps > 1 and ((ampere and block_k == 16) or (hopper and block_k == 64))
@@ -281,10 +281,13 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
     many = block_n * element_size > 128 and not hopper
     if kernel == "convolution":
-        if (small and block_n == 16 and key.taps == 1) or (ampere and block_n == 64 and key.taps > 1):
+        narrow = block_n == 16 and (key.taps == 1 if small else key.taps > 1 and reduction == 16)
+        if ampere and (narrow or (block_n == 64 and key.taps > 1)):
             stages = 3
         elif arch.startswith("sm_10") and block_n == 16 and key.taps == 1:
             block_k = min(block_k, 32)
+    elif kernel == "transposed":
+        many = many and not (ampere and not small and block_n == 128 and key.taps > 1 and element_size == 2)
     elif kernel == "pull":
         many = many and not (ampere and block_n == 128 and element_size == 2) and not (small and reduction == 16)
         many = many or (arch.startswith("sm_12") and block_n == 64)
