@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    before = None if arguments.fresh else read_json(FILE)
-    rows = {(row["architecture"], row["dtype"]): row for row in (before or {"rows": []})["rows"]}
+    rows = {(row["architecture"], row["dtype"]): row for row in (read_json(FILE) or {"rows": []})["rows"]}
     order = [(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
     asked = [pair for pair in order if pair[0] in arguments.arch and pair[1] in arguments.dtype]
+    kept = {} if arguments.fresh else dict(rows)
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(compile_pair, *pair, rows.get(pair)) for pair in asked]):
+        for done in as_completed([pool.submit(compile_pair, *pair, kept.get(pair)) for pair in asked]):
             row = done.result()
             rows[row["architecture"], row["dtype"]] = row
             write_json(FILE, {"models": sct.list_models(), "rows": [rows[pair] for pair in order if pair in rows]})

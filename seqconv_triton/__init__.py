@@ -8,8 +8,8 @@ from seqconv_triton.models.fuse import fuse
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
 from seqconv_triton.models.registry import create_model, list_models
 from seqconv_triton.nn.layers import SeqConv2d, Stage
-from seqconv_triton.nn.norm import convert_sync_batchnorm
 from seqconv_triton.nn.parameter_groups import parameter_groups
+from seqconv_triton.nn.synchronised import convert_sync_batchnorm
 from seqconv_triton.plan import Group, Plan
 
 __version__ = "0.1.0"

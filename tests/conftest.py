@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -48,3 +49,17 @@ def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("Triton is not installed")
     with sct.use_backend(backend):
         yield torch.device(device)
+
+
+@pytest.fixture
+def timm() -> Iterator[ModuleType]:
+    """timm with our models; what `timm_networks.shrink` changes is put back."""
+    import timm
+
+    import seqconv_triton.interop.timm as ours
+    from seqconv_triton.interop.timm_network import TimmSeqResNetB22
+
+    rows = TimmSeqResNetB22.rows
+    yield timm
+    TimmSeqResNetB22.rows = rows
+    assert ours.__all__

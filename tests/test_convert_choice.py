@@ -82,7 +82,7 @@ def test_reasons() -> None:
         "two_readers": "its BN's output goes to 2 places",
         "sigmoid": "its BN goes to sigmoid, not to ReLU",
         "weight_read": "its weight is also used directly",
-        "hooked": "it has forward hooks",
+        "hooked": "it has hooks",
         "parametrized": "a ParametrizedConv2d, no plain Conv2d",
         "shared_norm": "other convs share its BatchNorm2d",
         "shared_norm_2": "other convs share its BatchNorm2d",
@@ -185,6 +185,31 @@ def test_bad_input(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=f"(?s){message}"):
         call()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_forward_pre_hook"])
+def test_no_hook_is_lost(at: int, register: str) -> None:
+    model = vgg()
+    getattr(model[3 + at], register)(lambda *_: None)
+    _, report = sct.convert(model, 8)
+    assert any(row.name == "3" and row.reason.endswith("has hooks") for row in report.kept)
+
+
+class ReadsBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.rest = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), vgg()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(F.relu(self.bn(self.conv(x)))) + self.bn.bias.sum()
+
+
+def test_a_bn_that_is_also_read_stays() -> None:
+    model, report = sct.convert(ReadsBias(), 8)
+    reasons = {row.name: row.reason for row in report.kept}
+    assert "also used directly" in reasons["conv"] and type(model.bn) is nn.BatchNorm2d
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
 def test_an_error_changes_nothing() -> None:

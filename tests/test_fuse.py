@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error, randomise
+from helpers import error, randomise, small_imagenet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -304,6 +304,57 @@ def test_computed_weights_are_refused() -> None:
     assert error(sct.fuse(model)(x), model(x)) < 1e-5
     users_own = parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
     assert sct.fuse(nn.Sequential(users_own, sct.SeqConv2d(3, 4, 4)))[1].training is False
+
+
+HOOKED = {
+    "last-bn": (lambda model: model.norm, False, "a BatchNorm2d"),
+    "stem-bn": (lambda model: model.stem[1], False, "a BatchNorm2d"),
+    "stem-conv": (lambda model: model.stem[0], False, "a StemConv2d"),
+    "stage-bn": (lambda model: model.stages[0].reduce_norm, False, r"stages\.0: a BatchNorm2d"),
+    "stage": (lambda model: model.stages[0], True, r"stages\.0: a Stage"),
+}
+
+
+@pytest.mark.parametrize("case", HOOKED)
+def test_no_hook_is_lost(case: str) -> None:
+    """On a module that would be gone it is an error; elsewhere it goes along."""
+    find, only_plain, message = HOOKED[case]
+    model, x = randomise(small_imagenet()).eval(), torch.randn(2, 3, 40, 40)
+    handle = find(model).register_forward_hook(lambda _, args, out: out * 2 if only_plain else None)
+    for options in ({"plain": True},) if only_plain else ({}, {"plain": True}, {"pack": True}):
+        with pytest.raises(ValueError, match=message + " that would be gone has hooks"):
+            sct.fuse(model, **options)
+    if only_plain:
+        assert error(sct.fuse(model)(x), model(x)) < 1e-4
+    handle.remove()
+    model.stages.register_forward_hook(lambda *_: None)
+    model.classifier.register_forward_hook(lambda _, args, out: out + 1)
+    assert error(sct.fuse(model, plain=True)(x), model(x)) < 1e-4
+
+
+def test_bns_of_the_stem_that_cannot_be_folded() -> None:
+    class Clamped(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).clamp(-1, 1)
+
+    for place in (lambda model: model.stem, lambda model: model):
+        model = small_imagenet()
+        where = place(model)
+        name = "1" if where is model.stem else "norm"
+        channels = getattr(where, name).num_features
+        setattr(where, name, Clamped(channels))
+        with pytest.raises(TypeError, match=r"(stem\.1|norm) is a Clamped, which computes otherwise"):
+            sct.fuse(model)
+        setattr(where, name, nn.BatchNorm2d(channels, track_running_stats=False))
+        with pytest.raises(ValueError, match=r"(stem\.1|norm): a BN without running statistics"):
+            sct.fuse(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"plain": True}], ids=str)
+def test_nothing_of_ours_trains_in_a_fused_network(options: dict[str, bool]) -> None:
+    for network in (small_imagenet(), sct.CifarSeqResNet(4, 1)):
+        trained = [name for name, p in sct.fuse(network, **options).named_parameters() if p.requires_grad]
+        assert trained == ["classifier.weight", "classifier.bias"]
 
 
 def test_files_of_a_fused_model(tmp_path: Path) -> None:

@@ -236,7 +236,13 @@ def test_bad_shortcut_and_single_value() -> None:
         (lambda: sct.SeqConv2d(4, 4, 2, dropout=1.0), "dropout"),
         (lambda: sct.SeqConv2d(4, 4, 2, eps=0.0), r"eps \(0.0\) must be above 0"),
         (lambda: sct.SeqResNetB22(num_classes=-1, device="meta"), "num_classes"),
-        (lambda: sct.SeqResNetB22(device="meta").forward_intermediates(torch.empty(1, 3, 8, 8), [4]), "indices"),
+        *(
+            (
+                lambda i=i: sct.CifarSeqResNet(4, 1).forward_intermediates(torch.empty(1, 3, 8, 8), i),
+                "indices .*stages 0 to 2",
+            )
+            for i in (4, 0, -1, [3], [-4], [0.5], [])
+        ),
     ],
 )
 def test_bad_arguments(make: object, message: str) -> None:

@@ -38,6 +38,7 @@ CHANGES: dict[str, list[Callable[[nn.Module], object]]] = {
     "track_running_stats-off-and-on": [set_to(track_running_stats=False), set_to(track_running_stats=True)],
     "momentum": [set_to(momentum=0.5), set_to(momentum=0.0)],
     "momentum-1": [set_to(momentum=1.0)],
+    "momentum-int": [set_to(momentum=0), set_to(momentum=1)],
     "momentum-none": [set_to(momentum=None)],
     "momentum-none-and-back": [set_to(momentum=None), set_to(momentum=0.25)],
     "no-counter": [set_to(num_batches_tracked=None)],
@@ -222,6 +223,29 @@ def test_a_frozen_network_trains_as_it_evaluates(make: type[nn.Module]) -> None:
     assert error(torch.compile(model, fullgraph=True, backend="aot_eager")(x), evaluated) < 1e-10
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert error(sct.fuse(model)(x), evaluated) < 1e-10
+
+
+def test_frozen_whatever_its_values_are() -> None:
+    """Whether one is frozen says its class, not what is in it: garbage at first, or means far above deviations."""
+    layer, plain = pair("basic")
+    layer.norm = FrozenWithAffine(layer.norm)
+    plain.replace(FrozenWithAffine)
+    state = {name: value.clone() for name, value in layer.norm.state_dict().items()}
+    for value in layer.norm.state_dict().values():
+        value.fill_(torch.nan)
+    layer(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+    layer.norm.load_state_dict(state)
+    assert_alike(layer, plain)
+    far = sct.SeqConv2d(6, 12, 4)
+    far.norm.running_mean.fill_(1e4)
+    far.norm = FrozenModule(far.norm)
+    assert far(torch.randn(2, 6, 4, 4)).isfinite().all()
+    computed = {name: value * 1 for name, value in layer.named_parameters()}
+    fresh, _ = pair("basic")
+    fresh.norm = FrozenWithAffine(fresh.norm)
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    torch.func.functional_call(fresh, computed, (x,)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
 class SplitBatchNorm(nn.BatchNorm2d):

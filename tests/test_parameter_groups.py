@@ -119,6 +119,23 @@ def test_gradients_are_parts_of_the_packed_one() -> None:
     assert parts[0].grad.eq(1).all() and parts[1].grad is not None
 
 
+def test_a_copy_of_model_and_optimizer() -> None:
+    """As tools that go back to the best step make it: the copy's optimizer moves the copy's weights."""
+    model = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
+    optimizer = torch.optim.AdamW(sct.parameter_groups(model, 0.1, per_group=True), lr=0.01)
+    x = torch.randn(2, 6, 4, 5)
+    scaled_step(model, optimizer, x)
+    before = copy.deepcopy(model.state_dict())
+    twin, copied = copy.deepcopy((model, optimizer))
+    for module, steps in ((twin, copied), (model, optimizer)):
+        steps.zero_grad()
+        scaled_step(module, steps, x)
+        assert not torch.equal(module.transform_weight, before["transform_weight"])
+        if module is twin:
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, twin.get_parameter(name)) for name, p in model.named_parameters())
+
+
 def scaled_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(model(x).sum()).backward()

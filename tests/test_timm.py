@@ -7,34 +7,21 @@ the CIFAR networks.
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import error, python_blocks, randomise
+from helpers import error, randomise
+from timm_networks import SMALL, needs_timm, shrink
 from torch import nn
 
 import seqconv_triton as sct
-from seqconv_triton.models.imagenet import StageRow
 
-
-def have_timm() -> str | None:
-    """Why timm cannot be used here, or None: a torchvision beside another build of torch raises RuntimeError."""
-    try:
-        importlib.import_module("timm")
-    except (ImportError, RuntimeError) as problem:
-        return f"timm: {problem}"
-    return None
-
-
-MISSING = have_timm()
-needs_timm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+NAMES = sct.list_models()
 
 
 def test_core_does_not_import_timm_and_the_error_names_the_extra() -> None:
@@ -65,31 +52,6 @@ def test_core_stops_early() -> None:
     model.eval()
     _, maps = model.forward_intermediates(x)
     assert torch.equal(model.forward_intermediates(x, [-2], stop_early=True)[0], maps[1])
-
-
-@pytest.fixture
-def timm() -> Iterator[ModuleType]:
-    """timm with our models, and with a small ImageNet network under seqresnet_b22's name."""
-    import timm
-
-    import seqconv_triton.interop.timm as ours
-    from seqconv_triton.interop.timm_network import TimmSeqResNetB22
-
-    rows = TimmSeqResNetB22.rows
-    yield timm
-    TimmSeqResNetB22.rows = rows
-    assert ours.__all__
-
-
-def shrink() -> None:
-    from seqconv_triton.interop.timm_network import TimmSeqResNetB22
-
-    shapes = ((8, 4, 1, 1), (16, 8, 1, 1), (32, 8, 2, 2), (64, 16, 1, 1))
-    TimmSeqResNetB22.rows = tuple(StageRow(*shape) for shape in shapes)
-
-
-NAMES = sct.list_models()
-SMALL = ("seqresnet_b22", "cifar_seqresnet_r4_k8", "cifar_seqresnet_b_r7_k16")
 
 
 @needs_timm
@@ -248,107 +210,62 @@ def test_pruning_keeps_the_weights(indices: object, timm: ModuleType) -> None:
     assert model(x).shape == (2, 5)
 
 
-@needs_timm
-def test_weights(timm: ModuleType, tmp_path: Path) -> None:
-    """None are shipped; one's own load, also under the published names, with other images and classes."""
-    for options in ({}, {"pretrained_cfg_overlay": {"num_classes": 10}}):
-        with pytest.raises(
-            RuntimeError, match=r"no weights are shipped for cifar_seqresnet_r4_k8.*pretrained_cfg_overlay"
-        ):
-            timm.create_model("cifar_seqresnet_r4_k8", pretrained=True, **options)
-    assert not timm.list_models("*seqresne?_*", pretrained=True)
-    model = randomise(sct.create_model("cifar_seqresnet_r4_k8"), layer_b=0.1).eval()
-    x = torch.randn(2, 3, 16, 16)
-    for file, state in (("own.pt", model.state_dict()), ("published.pt", sct.export_published(model))):
-        torch.save(state, tmp_path / file)
-        overlay = {"file": str(tmp_path / file)}
-        loaded = timm.create_model("cifar_seqresnet_r4_k8", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-        assert error(loaded(x), model(x)) < 1e-6
-    overlay = {"file": str(tmp_path / "own.pt")}
-    other = timm.create_model(
-        "cifar_seqresnet_r4_k8", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=4
-    )
-    assert other(x[:, :1]).shape == (2, 4)
-    assert error(other.stem[0].weight, model.stem[0].weight.sum(1, keepdim=True)) < 1e-6
-    direct = timm.create_model("cifar_seqresnet_r4_k8", checkpoint_path=str(tmp_path / "own.pt")).eval()
-    assert error(direct(x), model(x)) < 1e-6
+def frozen(stage: nn.Module) -> None:
+    from timm.layers import freeze_batch_norm_2d
+
+    stage.norm, stage.reduce_norm = freeze_batch_norm_2d(stage.norm), freeze_batch_norm_2d(stage.reduce_norm)
+
+
+def without_affine(stage: nn.Module) -> None:
+    for norm in (stage.norm, stage.reduce_norm):
+        norm.weight = norm.bias = None
+
+
+def other_momenta(stage: nn.Module) -> None:
+    stage.norm.momentum, stage.reduce_norm.momentum = 0.5, None
+
+
+BNS = {
+    "synchronised": sct.convert_sync_batchnorm,
+    "evaluating": lambda stage: [norm.eval() for norm in (stage.norm, stage.reduce_norm)],
+    "frozen": frozen,
+    "without-affine": without_affine,
+    "other-momenta": other_momenta,
+}
 
 
 @needs_timm
-def test_training_tools(timm: ModuleType) -> None:
-    """Layer-wise rates, weight decay, dropout in front of the classifier, checkpointing, a step of timm's optimizer."""
+@pytest.mark.parametrize("case", BNS)
+def test_pruning_keeps_the_bns(case: str, timm: ModuleType) -> None:
+    """Kind, mode, attributes and hooks of a stage that is shortened; features and statistics as in the whole."""
     shrink()
-    model = timm.create_model("seqresnet_b22", num_classes=3, drop_rate=0.5).train()
-    from timm.models import group_parameters
-    from timm.optim import create_optimizer_v2
-
-    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    names = {name for name, _ in model.named_parameters()}
-    assert set(groups) == names
-    assert groups["stem.0.weight"] < groups["stages.0.norm.weight"] < groups["stages.3.norm.weight"]
-    assert groups["stages.3.norm.weight"] < groups["classifier.weight"]
-    assert model.no_weight_decay() == set()
-    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, param_group_fn=lambda m: sct.parameter_groups(m, 1e-4))
-    flat = model.stem[4].reduce_weight
-    assert flat.dim() == 1 and any(flat is p for p in optimizer.param_groups[0]["params"])
-    assert optimizer.param_groups[0]["weight_decay"] == 1e-4
-    model.set_grad_checkpointing()
-    features = torch.rand(2, 64, 2, 2)
-    torch.manual_seed(3)
-    pooled = model.forward_head(features, pre_logits=True)
-    assert 0 < (pooled == 0).float().mean() < 1
-    before = flat.detach().clone()
-    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    optimizer.step()
-    assert not torch.equal(flat, before)
-    assert torch.equal(model.eval().forward_head(features, pre_logits=True), features.mean((2, 3)))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 32, 32)
-    assert error(compiled(x), model(x)) < 1e-5
+    model = randomise(timm.create_model("seqresnet_b22"), layer_b=0.1).double()
+    BNS[case](model.stages[1])
+    whole = copy.deepcopy(model)
+    model.prune_intermediate_layers([1])
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for _ in range(2):
+        features = [m.forward_intermediates(x, [1], intermediates_only=True)[0] for m in (model, whole)]
+        assert error(*features) < 1e-10
+    for name in ("norm", "reduce_norm"):
+        short, long = (getattr(m.stages[1], name) for m in (model, whole))
+        assert type(short) is type(long) and short.training == long.training
+        for key, value in short.state_dict().items():
+            assert error(value, long.state_dict()[key][: len(value)] if value.dim() else long.state_dict()[key]) < 1e-10
+        for attribute in ("momentum", "eps", "process_group"):
+            assert getattr(short, attribute, 0) == getattr(long, attribute, 0)
 
 
 @needs_timm
-def test_documentation_runs() -> None:
-    """Every Python block of docs/timm.md."""
-    for code in python_blocks("timm.md"):
-        exec(code, {})
-
-
-@needs_timm
-def test_an_epoch_as_in_timms_training_script(timm: ModuleType, tmp_path: Path) -> None:
-    """Its dataset, loader, loss, optimizer, scheduler and EMA, on images that tell their class by their brightness."""
-    from PIL import Image
-    from timm.data import create_dataset, create_loader, resolve_data_config
-    from timm.loss import LabelSmoothingCrossEntropy
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-    from timm.utils import ModelEmaV3
-
-    for i in range(32):
-        folder = tmp_path / f"class{i % 2}"
-        folder.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32), (i % 2 * 200 + i,) * 3).save(folder / f"{i}.png")
-    model = timm.create_model("cifar_seqresnet_b_r7_k16", num_classes=2, drop_rate=0.1)
-    config = resolve_data_config({}, model=model)
-    loader = create_loader(
-        create_dataset("", root=str(tmp_path)), config["input_size"], batch_size=8, is_training=False, num_workers=0,
-        use_prefetcher=False, persistent_workers=False, mean=config["mean"], std=config["std"],
-        crop_pct=config["crop_pct"], interpolation=config["interpolation"],
-    )  # fmt: skip
-    optimizer = create_optimizer_v2(model, "sgd", lr=0.02, momentum=0.9)
-    scheduler, epochs = create_scheduler_v2(optimizer, "cosine", num_epochs=3)
-    ema, loss_function, losses = ModelEmaV3(model, decay=0.5), LabelSmoothingCrossEntropy(0.1), []
-    for epoch in range(epochs):
-        for images, target in loader:
-            loss = loss_function(model.train()(images), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ema.update(model)
-            losses.append(loss.item())
-        scheduler.step(epoch + 1)
-    assert sum(losses[-4:]) < sum(losses[:4])
-    assert ema.module.eval()(images).shape == (8, 2)
+def test_what_cannot_be_pruned(timm: ModuleType) -> None:
+    model = timm.create_model("cifar_seqresnet_r4_k8")
+    with pytest.raises(ValueError, match=r"indices \(5\)"):
+        model.prune_intermediate_layers(5)
+    with pytest.raises(ValueError, match="prune before folding"):
+        sct.fuse(model).prune_intermediate_layers([0])
+    torch.nn.utils.prune.identity(model.stages[0], "transform_weight")
+    with pytest.raises(ValueError, match=r"transform_weight is computed .* cannot be shortened"):
+        model.prune_intermediate_layers([0])
 
 
 @needs_timm

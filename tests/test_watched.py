@@ -188,6 +188,55 @@ def test_what_cannot_be_used_is_an_error() -> None:
     layer(x)
 
 
+def test_what_a_hook_changes_is_an_error_however_little() -> None:
+    """Noise and rounding, in any precision, in place or not."""
+    for dtype, factor in ((torch.bfloat16, 1.05), (torch.float16, 1.01), (torch.float32, 1.0005)):
+        layer = randomise(sct.SeqConv2d(8, 8, 4)).to(dtype).eval()
+        x = torch.randn(2, 8, 4, 4).to(dtype)
+        expected = layer(x)
+
+        def in_place(_: nn.Module, args: tuple[Tensor], factor: float = factor) -> None:
+            args[0].data.mul_(factor)
+
+        for register, hook in (
+            (layer.norm.register_forward_hook, lambda _, args, out, factor=factor: out * factor),
+            (layer.norm.register_forward_hook, lambda _, args, out, factor=factor: out.mul_(factor)),
+            (layer.norm.register_forward_pre_hook, lambda _, args, factor=factor: (args[0] * factor,)),
+            (layer.norm.register_forward_pre_hook, in_place),
+        ):
+            handle = register(hook)
+            with pytest.raises(RuntimeError, match="a hook on norm"):
+                layer(x)
+            handle.remove()
+        assert torch.equal(layer(x), expected)
+
+
+def test_hooks_that_take_themselves_away_or_others_in() -> None:
+    """Every BN's statistics move once a batch, whatever its hooks do with hooks."""
+    for first in ("norm", "reduce_norm"):
+        layer, plain = pair(bottleneck=True)
+        norms, handles = dict(named(layer)), []
+        x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+
+        def once(*_: object, handles: list[torch.utils.hooks.RemovableHandle] = handles) -> None:
+            for handle in handles:
+                handle.remove()
+
+        handles += [norm.register_forward_hook(once) for norm in norms.values()]
+        layer(x), plain(x)
+        other = norms["reduce_norm" if first == "norm" else "norm"]
+
+        def add(*_: object, other: nn.Module = other) -> None:
+            other.register_forward_hook(lambda *_: None)
+
+        norms[first].register_forward_hook(add)
+        layer(x), plain(x)
+        for name, norm in norms.items():
+            assert norm.num_batches_tracked == 2
+            for vector in ("running_mean", "running_var"):
+                assert error(getattr(norm, vector), plain.vector(name, vector)) < 1e-10, (name, vector)
+
+
 def test_hooks_on_every_module_of_a_network() -> None:
     """As summaries and profilers register them: every BN is called once a pass, and the output is the same."""
     model = randomise(small_imagenet(), layer_b=0.3).eval()

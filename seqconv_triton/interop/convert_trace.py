@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from seqconv_triton.nn.layers import PackedSeqConv
+from seqconv_triton.nn.watched import watched
 
 RELU_FUNCTIONS = (nn.functional.relu, nn.functional.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
@@ -62,7 +63,7 @@ def find_triples(model: nn.Module) -> tuple[list[Triple], dict[str, str]]:
             continue
         relus = {chain.relu for chain in found}
         relu = relus.pop() if len(relus) == 1 else None
-        own = relu is not None and not _hooked(relu) and all(count[relu] <= 1 for count in calls)
+        own = relu is not None and not watched(relu) and all(count[relu] <= 1 for count in calls)
         triples.append(Triple(name, conv, found[0].norm, relu if own else None))
     return triples, reasons
 
@@ -71,16 +72,12 @@ def _is_3x3(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _no_candidate(conv: nn.Conv2d) -> str | None:
     """Why a 3×3 conv, wherever it stands, cannot be a SeqConv layer."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, no plain Conv2d"
-    if _hooked(conv):
-        return "it has forward hooks"
+    if watched(conv):
+        return "it has hooks"
     if conv.stride != (1, 1):
         return f"stride {conv.stride[0]}: a SeqConv layer keeps the image size"
     if conv.dilation != (1, 1):
@@ -105,7 +102,7 @@ def _follow(graph: fx.Graph, conv: nn.Conv2d, modules: dict[str, nn.Module], cal
     if calls[conv] > 1:
         return f"called {calls[conv]} times: its weights are shared"
     start = next(n for n in graph.nodes if n.op == "call_module" and modules[str(n.target)] is conv)
-    if any(n.op == "get_attr" and str(n.target).rpartition(".")[0] == str(start.target) for n in graph.nodes):
+    if _read_directly(graph, start):
         return "its weight is also used directly"
     node = _only_user(start, modules)
     if isinstance(node, str):
@@ -116,12 +113,14 @@ def _follow(graph: fx.Graph, conv: nn.Conv2d, modules: dict[str, nn.Module], cal
     # Of other subclasses nothing is known; timm's BatchNormAct2d holds the activation.
     if not isinstance(norm, nn.BatchNorm2d) or not (type(norm) is nn.BatchNorm2d or hasattr(norm, "act")):
         return f"its output goes to {_what(node, modules)}, not to a BatchNorm2d"
+    if _read_directly(graph, node):
+        return "its BatchNorm2d's parameters are also used directly"
     if calls[norm] > 1:
         return "other convs share its BatchNorm2d"
     if norm.weight is None or norm.running_mean is None:
         return "its BatchNorm2d has no affine or no running statistics"
-    if _hooked(norm):
-        return "its BatchNorm2d has forward hooks"
+    if watched(norm):
+        return "its BatchNorm2d has hooks"
     fused = getattr(norm, "act", None)
     if fused is not None and not isinstance(fused, nn.Identity):
         if not isinstance(fused, nn.ReLU) or not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
@@ -138,6 +137,11 @@ def _follow(graph: fx.Graph, conv: nn.Conv2d, modules: dict[str, nn.Module], cal
     ):
         return _Chain(norm, None)
     return f"its BN goes to {_what(node, modules)}, not to ReLU"
+
+
+def _read_directly(graph: fx.Graph, call: fx.Node) -> bool:
+    """Whether a graph reads tensors of a module that it also calls."""
+    return any(n.op == "get_attr" and str(n.target).rpartition(".")[0] == str(call.target) for n in graph.nodes)
 
 
 def _only_user(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | str:

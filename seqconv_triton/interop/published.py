@@ -19,6 +19,7 @@ from seqconv_triton.interop import torch_file
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import ImageNetNetwork, SeqResNeXt24
+from seqconv_triton.nn.computed import refuse_computed
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.nn.norm import VECTORS, Affine, is_batch_norm
 
@@ -133,10 +134,15 @@ def load_published(
     A published SeqResNeXt-24 gives its accuracy only in `SeqResNeXt24(repeat_extension=True)`; no file says so.
 
     Raises ValueError, with the model unchanged, for a file that is no checkpoint, or with a list of all entries that
-    are missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm;
+    are missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm, and for a
+    model on the meta device or with weights that are computed (parametrizations, pruning);
     TypeError if model is none of the paper's networks, or source nothing to load from; OSError as open() does.
     """
     _require_backbone(model)
+    for name, module in model.named_modules():
+        refuse_computed(name or type(model).__name__, module, "be loaded")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model is on the meta device, and has no memory to load into; call to_empty(device=…) first")
     given = unwrap(source if isinstance(source, Mapping) else read_file(source))
     with torch.no_grad():  # views that may be written
         entries = list(_entries(model))

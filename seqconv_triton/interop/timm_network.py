@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from seqconv_triton.models.backbone import Backbone, chosen_stages
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
+from seqconv_triton.nn.computed import refuse_computed
 from seqconv_triton.nn.layers import Stage
+from seqconv_triton.nn.norm import Affine
 
 POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
 
@@ -128,25 +132,51 @@ class TimmNetwork(Backbone):
 
 @torch.no_grad()
 def features_alone(stage: Stage) -> Stage:
-    """A copy of a stage that ends in the activated features of its last block: without extension and tail."""
+    """A copy of a stage that ends in the activated features of its last block: without extension and tail.
+
+    Its BNs are of the same kinds, in the same mode. Raises ValueError for a stage that is folded, or whose weights are
+    computed.
+    """
     plan = stage.plan
-    norm = stage.norm
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise ValueError(f"the stage's norm is a {type(norm).__name__}: prune before folding (fuse) or freezing BNs")
+    if isinstance(stage.norm, Affine):
+        raise ValueError("the stage is folded: prune before folding (fuse)")
+    for module in (stage, stage.norm, stage.reduce_norm):
+        if module is not None:
+            refuse_computed(type(module).__name__, module, "be shortened")
     blocks = 1 + max(i for i, layer in enumerate(plan.layers) if layer.entry or layer.residual)
     short = dataclasses.replace(
         plan, layers=plan.layers[:blocks], read_channels=plan.layers[blocks - 1].out_channels, tail=None
     )
-    where: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
-    new = Stage(short, dropout=stage.dropout, eps=stage.eps, momentum=norm.momentum, **where)  # type: ignore[arg-type]
-    old = stage.state_dict()
+    new = Stage(short, dropout=stage.dropout, device="meta")
     # Groups lie one behind the other in every packed tensor, and those of the blocks come first.
-    for name, tensor in new.state_dict().items():
-        tensor.copy_(old[name].flatten()[: tensor.numel()].view(tensor.shape))
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(stage.get_parameter(name).requires_grad)
+    for name, parameter in new._parameters.items():
+        if parameter is not None:
+            new._parameters[name] = _beginning(stage.get_parameter(name), parameter.shape)
+    new.norm = _shortened(stage.norm, short.normalized_channels)
+    if stage.reduce_norm is not None:
+        new.reduce_norm = _shortened(stage.reduce_norm, len(short.groups) * short.group_width)
     new.recompute = stage.recompute
-    return new.train(stage.training)
+    new.training = stage.training
+    return new
+
+
+def _shortened(norm: nn.Module, channels: int) -> nn.Module:
+    """A BN of the same kind and mode over the first channels."""
+    new = copy.copy(norm)
+    new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
+    for name, parameter in norm._parameters.items():
+        new._parameters[name] = None if parameter is None else _beginning(parameter, (channels,))
+    for name, buffer in norm._buffers.items():
+        if buffer is not None:  # the counter has no dimension
+            new._buffers[name] = (buffer[:channels] if buffer.dim() else buffer).clone()
+    if hasattr(norm, "num_features"):
+        new.__dict__["num_features"] = channels
+    return new
+
+
+def _beginning(whole: nn.Parameter, shape: Sequence[int]) -> nn.Parameter:
+    begin = whole.flatten()[: math.prod(shape)].view(*shape).clone()
+    return nn.Parameter(begin, requires_grad=whole.requires_grad)
 
 
 class TimmSeqResNetB22(TimmNetwork, SeqResNetB22): ...

@@ -135,9 +135,10 @@ def network_input(x: Tensor, weight: Tensor) -> Tensor:
 
 def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """Which of `count` stages are meant: all, the last so many, or those listed (negative ones from the end)."""
-    if isinstance(indices, int):
-        indices = range(count - indices, count)
-    chosen = list(range(count) if indices is None else indices)
-    if not chosen or min(chosen) < -count or max(chosen) >= count:
-        raise ValueError(f"indices {chosen} must name stages 0 to {count - 1}, or count the last ones")
+    wanted = f"must name stages 0 to {count - 1}, negative ones from the end, or be a number of last ones to {count}"
+    if isinstance(indices, int) and not 1 <= indices <= count:
+        raise ValueError(f"indices ({indices}) {wanted}")
+    chosen = list(range(count)[-indices:] if isinstance(indices, int) else range(count) if indices is None else indices)
+    if not chosen or not all(isinstance(i, int) and -count <= i < count for i in chosen):
+        raise ValueError(f"indices {chosen} {wanted}")
     return [i % count for i in chosen]

@@ -19,11 +19,13 @@ from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.backend.traced import constants
 from seqconv_triton.models.backbone import Backbone
+from seqconv_triton.nn.computed import refuse_computed
 from seqconv_triton.nn.layers import PackedSeqConv, Stage
 from seqconv_triton.nn.norm import Affine, read
 from seqconv_triton.nn.plain import PlainSeqConv
 from seqconv_triton.nn.plain import conv as plain_conv
 from seqconv_triton.nn.stem import StemConv2d
+from seqconv_triton.nn.watched import watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +35,8 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
     """A copy of `model` for evaluation, with the BNs of all its seqconv_triton layers and networks folded.
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
-    changes nothing in a folded layer, whose parameters take no gradients: train the model it was made from. Fold in
+    changes nothing in a folded layer. No parameter takes a gradient, but for those of a network's classifier and of
+    modules that are not ours: train the model it was made from. Fold in
     float32 and convert afterwards: `fuse(model).bfloat16()`.
 
     With `plain` every conv is an nn.Conv2d with a weight and a bias of its own, and every activation an nn.ReLU: for
@@ -45,8 +48,9 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
     `load_state_dict` and other in-place ops are still seen; writes to `weight.data`, to a NumPy view, or by another
     process into shared memory are not.
 
-    Raises TypeError for anything but a module, ValueError for a model that is folded already, holds nothing to fold,
-    or computes its weights (parametrizations, pruning), and for `pack` and `plain` together.
+    Raises TypeError for anything but a module, and for BNs that compute otherwise than BatchNorm2d does; ValueError for
+    a model that is folded already, holds nothing to fold, computes its weights (parametrizations, pruning), has BNs
+    without running statistics or hooks on modules that would be gone, and for `pack` and `plain` together.
     """
     if pack and plain:
         raise ValueError("pack and plain exclude one another: plain convs are not packed")
@@ -59,7 +63,12 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
         raise ValueError(f"model ({type(model).__name__}) is folded already")
     for name, module in model.named_modules():
         for part in _parts(module):
-            _check_foldable(name or type(module).__name__, part)
+            refuse_computed(name or type(module).__name__, part, "be folded")
+            if (plain or not isinstance(part, PackedSeqConv)) and watched(part):
+                raise ValueError(
+                    f"{name or type(module).__name__}: a {type(part).__name__} that would be gone has hooks, or a "
+                    "forward put in the place of its own; fuse first, hook afterwards"
+                )
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, PackedSeqConv):
@@ -69,11 +78,13 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
                 _freeze(module)
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
-                module.norm = _affine("norm", module.norm, next(module.parameters()))
+                module.norm = _affine("norm", module.norm, next(module.parameters())).requires_grad_(False)
             for i in range(len(module.stem) - 1):
                 conv, norm = module.stem[i], module.stem[i + 1]
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
+                    _affine(f"stem.{i + 1}", norm, conv.weight)  # what cannot be folded is refused there
                     module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+            module.stem.requires_grad_(False)
     return _replaced(model, {}) if plain else model  # type: ignore[return-value] # a layer alone is another kind then
 
 
@@ -122,16 +133,6 @@ def _parts(module: nn.Module) -> Iterable[nn.Module]:
     if isinstance(module, PackedSeqConv):
         return module.modules()
     return (*module.stem, module.norm) if isinstance(module, Backbone) else ()
-
-
-def _check_foldable(owner: str, part: nn.Module) -> None:
-    """What is multiplied into a computed weight would be lost."""
-    for name in ("reduce_weight", "transform_weight", "tail_weight", "weight"):
-        if isinstance(getattr(part, name, None), Tensor) and not {name} & {*part._parameters, *part._buffers}:
-            raise ValueError(
-                f"{owner}: {name} is computed (parametrization, pruning) and cannot be folded; make it permanent "
-                "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
-            )
 
 
 def _fold_packed(module: PackedSeqConv) -> None:

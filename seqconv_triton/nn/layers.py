@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
+from seqconv_triton.nn.computed import make_weights
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.norm import Affine, StageNorms, normalise, read_both, update_running
 from seqconv_triton.nn.watched import fetch, show, watched
@@ -92,12 +93,20 @@ class PackedSeqConv(nn.Module):
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
         """`ops.stage` with this module's parameters; updates the running statistics in training."""
-        put_back = fetch(self.norm, self.reduce_norm)
-        output = self._run(self.read_norms(), x, shortcut, keep_buffer)
-        put_back()
-        return output
+        make_weights(self)
+        return self._run(x, shortcut, keep_buffer)[0]
 
-    def _run(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
+    def _run(
+        self, x: Tensor, shortcut: Tensor | None = None, keep_buffer: bool = False
+    ) -> tuple[StageOutput, StageNorms]:
+        """`run` where calling the module has made its weights; also what was read from its BNs."""
+        put_back = fetch(self.norm, self.reduce_norm)
+        read = self.read_norms()
+        output = self._run_with(read, x, shortcut, keep_buffer)
+        put_back()
+        return output, read
+
+    def _run_with(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
         if read.statistics == "folded" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a folded layer (seqconv_triton.fuse) is not for training; train what it was made from")
         mask = self.draw_mask(x)
@@ -118,7 +127,7 @@ class PackedSeqConv(nn.Module):
         if x.shape[0] == 0:
             return output
         if shown:
-            show(self.norm, self.reduce_norm, output, read, self.reduce_weight, self.plan, mask)
+            show(shown, self.norm, self.reduce_norm, output, read, self.reduce_weight, self.plan, mask)
         if output.statistics is not None:
             own = x.shape[0] * x.shape[2] * x.shape[3]
             count = own if output.counts is None else output.counts.sum()
@@ -186,7 +195,7 @@ class SeqConv2d(PackedSeqConv):
     @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The activated output [N, out_channels, H, W] of an activated x, in the memory format of x."""
-        out = self.run(x).out
+        out = self._run(x)[0].out
         # Computed is channels-last: so is x where its channels lie side by side.
         return out if x.stride(1) == 1 else out.contiguous()
 
@@ -204,20 +213,18 @@ class Stage(PackedSeqConv):
     @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The raw output of the tail; its BN belongs to what comes next. Without a tail: the activated features."""
-        return self.run(x).out
+        return self._run(x)[0].out
 
     @leaf
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
-        put_back = fetch(self.norm, self.reduce_norm)
-        read = self.read_norms()
-        output = self._run(read, x, None, keep_buffer=True)
+        make_weights(self)
+        output, read = self._run(x, keep_buffer=True)
         assert output.buffer is not None
         start, stop = self.feature_channels
         offset = self.plan.total_channels - self.plan.normalized_channels
         # A batch's statistics are taken again: their gradient then comes for free.
         features = normalise(output.buffer[:, start:stop], read.main, slice(start - offset, stop - offset)).relu_()
-        put_back()
         return output.out, features
 
     @property

@@ -8,7 +8,7 @@ SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.prune import BasePruningMethod
 
 from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
 from seqconv_triton.backend.ranks import batch_norm, group_name
+from seqconv_triton.nn.computed import make_weights
 from seqconv_triton.nn.leaf import leaf
 
-Model = TypeVar("Model", bound=nn.Module)
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -42,7 +41,7 @@ class Affine(nn.Module):
         return scale_and_shift(x, self.weight, self.bias)
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class Synchronised(_BatchNorm):
     """BN with the training statistics of all ranks, on any device, in one graph under torch.compile.
 
     Not an nn.SyncBatchNorm, since DistributedDataParallel refuses those on a CPU.
@@ -55,10 +54,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         group = group_name(self.process_group) if self.training else ""
         if not group:
             return super().forward(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         weight, bias = affine(self, x)
-        out, mean, var, count = batch_norm(x, weight, bias, self.eps, group)
+        images = x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
+        out, mean, var, count = batch_norm(images, weight, bias, self.eps, group)
         update_running(self, mean, var, count)
-        return out
+        return out.reshape(x.shape)
 
 
 class Reading(NamedTuple):
@@ -100,9 +101,7 @@ def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
             raise TypeError(_no_batch_norm(name, norm))
         return Reading(NormVectors(*(getattr(norm, vector) for vector in VECTORS)), "running", _eps(norm))
     assert isinstance(norm, _BatchNorm)
-    for hook in norm._forward_pre_hooks.values():  # those that make the weight out of other tensors
-        if isinstance(hook, BasePruningMethod):
-            hook(norm, ())
+    make_weights(norm)
     mean, var = norm.running_mean, norm.running_var
     if (mean is None) != (var is None):
         raise ValueError(f"{name} has running_mean or running_var alone; it needs both, or neither")
@@ -132,7 +131,7 @@ def read_both(norm: nn.Module, reduce_norm: nn.Module | None, like: Tensor) -> S
 def is_batch_norm(norm: nn.Module) -> bool:
     """A BatchNorm that computes as PyTorch's does: subclasses with a forward of their own may do anything."""
     forward: Any = type(norm).forward
-    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm2d.forward)
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, Synchronised.forward)
     return isinstance(norm, _BatchNorm) and any(forward is one for one in known)
 
 
@@ -143,7 +142,7 @@ _frozen: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def is_frozen(norm: nn.Module) -> bool:
     """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
 
-    That is tried out on a copy, once; where values cannot be looked at, one without `momentum` is believed.
+    That is tried out once, on vectors that are not its own; where there are none, one without `momentum` is believed.
     """
     vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
     if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not _eps(norm) > 0:
@@ -162,17 +161,24 @@ is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @torch.no_grad()
 def _acts_frozen(norm: nn.Module) -> bool:
     forward: Any = type(norm).forward  # hooks are not for this
-    norm = copy.deepcopy(norm).train()
-    vectors: list[Tensor] = [getattr(norm, vector) for vector in VECTORS]
-    dtype = vectors[0].dtype
-    weight, bias, mean, var = (vector.double() for vector in vectors)
-    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None]
-    expected = F.batch_norm(x, mean, var, weight, bias, False, 0.0, _eps(norm))
+    like: Tensor = norm.weight  # type: ignore[assignment]
+    ramp = torch.linspace(-1, 1, len(like), dtype=torch.float64, device=like.device)
+    vectors: dict[str, Tensor] = dict(
+        zip(VECTORS, (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2), strict=True)
+    )
+    # A parameter that is computed, as torch.func.functional_call has them, cannot be copied by deepcopy itself.
+    held = {id(t): nn.Parameter(t.detach().clone(), t.is_floating_point()) for t in norm.parameters()}
+    probe = copy.deepcopy(norm, {**held, **{id(t): t.detach().clone() for t in norm.buffers()}}).train()
+    for name, vector in vectors.items():
+        vectors[name] = getattr(probe, name).copy_(vector).double()
+    weight, bias, mean, var = vectors.values()
+    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None].to(like.dtype)
+    expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, _eps(norm))
     try:
-        found = forward(norm, x.to(dtype))
+        found = forward(probe, x)
     except Exception:
         return False
-    tolerance = 64 * torch.finfo(dtype).eps
+    tolerance = 64 * torch.finfo(like.dtype).eps
     return isinstance(found, Tensor) and torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -220,7 +226,7 @@ def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | No
     """Move the running statistics by a batch's, mean and biased variance over `count` values, as BatchNorm does."""
     if not isinstance(norm, _BatchNorm) or not (norm.training and norm.track_running_stats):
         return
-    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    momentum: float | Tensor = 0.0 if norm.momentum is None else float(norm.momentum)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a cumulative average
@@ -231,32 +237,3 @@ def update_running(norm: nn.Module | None, mean: Tensor | None, var: Tensor | No
             running.lerp_(
                 batch.to(running.dtype), momentum if isinstance(momentum, float) else momentum.to(running.dtype)
             )
-
-
-def convert_sync_batchnorm(module: Model, process_group: ProcessGroup | None = None) -> Model:
-    """Make every BN inside `module` take its training statistics over all ranks of `process_group` (None: all ranks).
-
-    Works on the module in place, and returns it; its parameters and state dict keys stay. As for PyTorch's own,
-    convert before wrapping in DistributedDataParallel, and the group must exist in every rank.
-    Raises TypeError for anything but a module.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, not {type(module).__name__}")
-    if isinstance(module, _BatchNorm):
-        return _converted(module, process_group)  # type: ignore[return-value]
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batchnorm(child, process_group))
-    return module
-
-
-def _converted(norm: _BatchNorm, process_group: ProcessGroup | None) -> SyncBatchNorm2d:
-    new = SyncBatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    new.process_group = process_group
-    # The very same tensors: an optimizer that holds them keeps working.
-    for name, parameter in norm._parameters.items():
-        new.register_parameter(name, parameter)
-    for name, buffer in norm._buffers.items():
-        new.register_buffer(name, buffer)
-    return new.train(norm.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -55,6 +56,12 @@ class GroupParameter(nn.Parameter):
     def of(cls, whole: nn.Parameter, part_of: Callable[[Tensor], Tensor]) -> GroupParameter:
         new = cls(part_of(whole.detach()))
         new.whole, new.part_of = whole, part_of
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupParameter:
+        """Part of a copy of the whole: with `copy.deepcopy((model, optimizer))`, of the model's copy."""
+        new = GroupParameter.of(copy.deepcopy(self.whole, memo), self.part_of)
+        memo[id(self)] = new
         return new
 
     @property

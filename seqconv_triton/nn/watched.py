@@ -2,25 +2,26 @@
 
 A stage computes its BNs itself, so that theirs is not called. Where it is waited for, it is called behind the stage, on
 the very features it stands for: tools that collect statistics see them, and running statistics are moved by it. What
-it returns cannot be used any more, and must be what the stage computed with.
+hooks would change cannot be used any more: they must hand on what they are given, and a forward in the place of the
+BN's own must return what the stage computed with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
+from seqconv_triton.nn.computed import MAKERS
 from seqconv_triton.nn.norm import Reading, StageNorms, normalise
 from seqconv_triton.plan import Plan
 
-# How far apart two computations of one BN may be, relative; in half precision 0.1.
+# How far apart two computations of one BN may be, relative; in half precision 0.1. For a forward in its own's place.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -42,12 +43,13 @@ def fetch(*norms: nn.Module | None) -> Callable[[], None]:
 def watched(norm: nn.Module | None) -> bool:
     if norm is None:
         return False
-    before = [hook for hook in norm._forward_pre_hooks.values() if not isinstance(hook, BasePruningMethod)]
+    before = [hook for hook in norm._forward_pre_hooks.values() if not isinstance(hook, MAKERS)]
     hooks = before or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
     return bool(hooks) or ("forward" in norm.__dict__ and "_hf_hook" not in norm.__dict__)
 
 
 def show(
+    shown: Sequence[nn.Module | None],
     norm: nn.Module,
     reduce_norm: nn.Module | None,
     output: StageOutput,
@@ -56,17 +58,18 @@ def show(
     plan: Plan,
     mask: Tensor | None,
 ) -> None:
-    """Call the watched BNs of a stage on what they would have been called on; `output` has the buffer.
+    """Call those of a stage's BNs that are `shown` on what they would have been called on; `output` has the buffer.
 
-    Raises NotImplementedError for backward hooks, RuntimeError where a hook or forward changes what comes out.
+    They are named, since a hook may take itself or others away. Raises NotImplementedError for backward hooks,
+    RuntimeError where a hook changes what goes in or comes out, or a forward returns something else.
     """
     raw, batch = output.buffer, output.statistics
     assert raw is not None
     offset = plan.total_channels - plan.normalized_channels
     mean, var, inner_mean, inner_var = (None,) * 4 if batch is None else batch
-    if watched(norm):
+    if norm in shown:
         _call("norm", norm, raw[:, offset:], read.main, mean, var)
-    if reduce_norm is not None and read.inner is not None and reduce_weight is not None and watched(reduce_norm):
+    if reduce_norm is not None and read.inner is not None and reduce_weight is not None and reduce_norm in shown:
         seen = torch.cat([raw[:, :offset], normalise(raw[:, offset:], read.main).relu()], 1)
         reduced = _reduced(seen, reduce_weight, plan, mask)
         _call("reduce_norm", reduce_norm, reduced, read.inner, inner_mean, inner_var)
@@ -84,20 +87,47 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, mean: Tensor | N
     if torch.compiler.is_compiling() or raw.is_meta or isinstance(raw, FakeTensor):  # there is nothing to compare
         norm(raw)
         return
+    calls: list[tuple[Tensor, Tensor]] = []
+    given = raw.detach().clone()
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        calls.append((inputs[0], out.detach().clone()))
+
+    handle = norm.register_forward_hook(note, prepend=True)
+    try:
+        out = norm(raw)
+    finally:
+        handle.remove()
+    (seen, own), *more = calls
+    unchanged = not more and _same(seen, given) and _same(out, own)
+    if "forward" in norm.__dict__:
+        unchanged = unchanged and _close(own.double(), _expected(raw, bn, mean, var), TOLERANCE.get(raw.dtype, 0.1))
+    if not unchanged:
+        raise RuntimeError(
+            f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
+            "computes its BNs itself and cannot use that"
+        )
+
+
+def _same(one: object, other: Tensor) -> bool:
+    """To the bit, or NaN in both."""
+    return (
+        isinstance(one, Tensor)
+        and (one.shape, one.dtype) == (other.shape, other.dtype)
+        and torch.allclose(one.detach(), other, rtol=0, atol=0, equal_nan=True)
+    )
+
+
+@torch.no_grad()
+def _expected(raw: Tensor, bn: Reading, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    """What a stage computed with, in float64."""
     if mean is not None:
         bn = bn._replace(vectors=bn.vectors._replace(mean=mean, var=var), statistics="running")
     # Of a network in half precision the batch's vectors are wider than its own.
     wide = torch.promote_types(raw.dtype, torch.float32)
     weight, bias, *statistics = (None if vector is None else vector.to(wide) for vector in bn.vectors)
     assert weight is not None and bias is not None
-    with torch.no_grad():
-        expected = normalise(raw.to(wide), bn._replace(vectors=NormVectors(weight, bias, *statistics))).double()
-    out = norm(raw)
-    if not isinstance(out, Tensor) or not _close(out.detach().double(), expected, TOLERANCE.get(raw.dtype, 0.1)):
-        raise RuntimeError(
-            f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
-            "computes its BNs itself and cannot use that"
-        )
+    return normalise(raw.to(wide), bn._replace(vectors=NormVectors(weight, bias, *statistics))).double()
 
 
 def _close(out: Tensor, expected: Tensor, tolerance: float) -> bool:
