@@ -1,7 +1,8 @@
 """`python -m bench compiled`: every kernel of every model, compiled for every architecture and dtype, and what spills.
 
-Into bench/results/compiled.json, from which docs/performance.md takes its table. No GPU is needed, but an hour of two
-cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were.
+Into bench/results/compiled.json, from which docs/performance.md takes its table. No GPU is needed, but two hours of two
+cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were. After a
+change to how `tools/ahead.py` reads what was compiled, `--fresh`.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
     for item, name in found.items():
         result = compile_launch(item, architecture)
         largest = max(largest, result.shared)
-        is_matrix = item.name in TWO_STAGES  # the kernels that multiply
+        is_matrix = item.name in TWO_STAGES
         narrow += is_matrix and result.narrow_loads > 0  # a tile of 16 × 16 has one element for every lane of AMD's
         instructions[result.instruction if is_matrix else "elementwise"] += 1
         wrong = {
-            f"spills {result.spills} bytes": result.spills > 0,
+            f"spills {result.spills} {'registers' if architecture.startswith('gfx') else 'bytes'}": result.spills > 0,
             f"{result.shared} bytes of shared memory": result.shared > SHARED_LIMIT[architecture],
             "no matrix instruction": is_matrix and result.instruction == "-",
         }
@@ -102,7 +103,8 @@ def markdown(found: dict[str, Any] | None) -> str:
     for row in found["rows"]:
         by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(row["instructions"].items()))
         name, shared = f"{row['architecture']}, {row['dtype']}", f"{row['largest_shared'] / 1024:.0f} KiB"
-        lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {row['narrow']} | {len(row['faults'])} |")
+        narrow = "–" if row["dtype"] == "float32" else row["narrow"]  # loads of 16 bits are counted
+        lines.append(f"| {name} | {row['kernels']} | {by_kind} | {shared} | {narrow} | {len(row['faults'])} |")
     said = [f"- {row['architecture']}, {row['dtype']}: {f}" for row in found["rows"] for f in row["faults"]]
     sources = sorted({f"triton {row['triton']}, {row['date']}" for row in found["rows"]})
     tail = f"\nCompiled with {'; '.join(sources)}: {len(found['models'])} models.\n"

@@ -20,7 +20,7 @@ import torch
 
 from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
-# Kernel families, and the architectures where a third stage of loads in flight spills registers.
+# The kernel families that multiply matrices, and the architectures where a third stage of loads in flight spills registers.
 TWO_STAGES = {
     "convolution": ("gfx", "sm_8", "sm_12"),
     "transposed": ("gfx", "sm_8", "sm_12"),
@@ -271,24 +271,27 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     block_k = max(16, min(longest, next_power_of_2(reduction)))
     # Exceptions below are kernels that spill otherwise (`python -m bench compiled`), most of them on sm_8x, where the
     # assembler keeps registers back for more programs at a time.
-    ampere, small = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
+    sm_8x, sm_86 = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
+    sm_80, sm_12x = sm_8x and not sm_86, arch.startswith("sm_12")
     if kernel == "weight_gradient":
-        if ampere and key.taps == 1 and block_n == 128 and (small or reduction > 1024):
+        if sm_8x and key.taps == 1 and block_n == 128 and (sm_86 or reduction > 1024):
             stages = 2
         # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
-        many = block_n == 128 and key.taps > 1 and ((ampere and block_k == 16) or (hopper and block_k == 64))
+        many = block_n == 128 and key.taps > 1 and ((sm_8x and block_k == 16) or (hopper and block_k == 64))
         return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 8 if many else 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
     many = block_n * element_size > 128 and not hopper
     if kernel == "convolution":
-        narrow = block_n == 16 and (key.taps == 1 if small else key.taps > 1 and reduction == 16)
-        if ampere and (narrow or (block_n == 64 and key.taps > 1)):
+        narrow = block_n == 16 and (key.taps == 1 if sm_86 else key.taps > 1 and reduction == 16)
+        if sm_8x and (narrow or (block_n == 64 and key.taps > 1)):
+            stages = 3
+        elif sm_12x and block_n == 64 and key.taps == 1 and element_size == 2:
             stages = 3
         elif arch.startswith("sm_10") and block_n == 16 and key.taps == 1:
             block_k = min(block_k, 32)
     elif kernel == "transposed":
-        many = many and not (ampere and not small and block_n == 128 and key.taps > 1 and element_size == 2)
+        many = many and not (sm_80 and block_n == 128 and key.taps > 1 and element_size == 2)
     elif kernel == "pull":
-        many = many and not (ampere and block_n == 128 and element_size == 2) and not (small and reduction == 16)
-        many = many or (arch.startswith("sm_12") and block_n == 64)
+        many = many and not (sm_8x and block_n == 128 and element_size == 2) and not (sm_86 and reduction == 16)
+        many = many or (sm_12x and block_n == 64)
     return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)

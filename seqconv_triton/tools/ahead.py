@@ -68,8 +68,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch; `spills` are bytes a thread, `instruction` is the matrix instruction.
+    """What the compiler made of a launch; `instruction` is the matrix instruction.
 
+    `spills` are the bytes of a thread's stack, where NVIDIA's compiler puts what it spills; on AMD, spilled registers.
     `load_bits` is the widest load from global memory, `narrow_loads` the number of instructions that load 16 bits.
     """
 
