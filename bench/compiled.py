@@ -1,8 +1,8 @@
 """`python -m bench compiled`: every kernel of every model, compiled for every architecture and dtype, and what spills.
 
 Into bench/results/compiled.json, from which docs/performance.md takes its table. No GPU is needed, but two hours of two
-cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were. After a
-change to how `tools/ahead.py` reads what was compiled, `--fresh`.
+cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were. When
+`tools/ahead.py` reads what was compiled in another way, `--fresh`.
 """
 
 from __future__ import annotations

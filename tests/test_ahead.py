@@ -101,9 +101,11 @@ def test_few_kernels_for_any_batch_and_image() -> None:
 
 # Nothing is compiled: every second kernel spills, and a row is kept as long as the launches are what they were.
 KEPT_ROWS = """
-import itertools
+import argparse, itertools, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import seqconv_triton as sct
-from bench import compiled
+from bench import compiled, results
 from seqconv_triton.kernels import configs
 from seqconv_triton.tools import ahead
 
@@ -121,6 +123,19 @@ text = compiled.markdown({"models": ["m"], "rows": [row]})
 assert f"| sm_80, bfloat16 | {row['kernels']} | " in text and text.count("spills 8 bytes") == len(row["faults"])
 assert compiled.compile_pair("sm_80", "bfloat16", row) is row
 assert compiled.compile_pair("sm_80", "float16", row) is not row
+
+# A command for one pair leaves the others' rows, and takes up its own unless it is to be compiled afresh.
+compiled.ProcessPoolExecutor = lambda jobs, context: ThreadPoolExecutor(jobs)
+compiled.FILE = Path(tempfile.mkdtemp()) / "compiled.json"
+other = {**row, "architecture": "sm_90"}
+results.write_json(compiled.FILE, {"models": ["m"], "rows": [{**row, "seconds": 999}, other]})
+for options, kept in (([], True), (["--fresh"], False)):
+    parser = argparse.ArgumentParser()
+    compiled.add_arguments(parser)
+    wanted = ["--arch", "sm_80", "--dtype", "bfloat16", "--jobs", "1"]
+    assert compiled.run_from_arguments(parser.parse_args([*wanted, *options])) == 1
+    now, beside = results.read_json(compiled.FILE)["rows"]
+    assert beside == other and (now["seconds"] == 999) == kept, (now, options)
 with configs.use_tables({}), configs.pin("pull", 16, 16):
     assert compiled.compile_pair("sm_80", "bfloat16", row) is not row
 """

@@ -250,6 +250,14 @@ def test_bad_arguments(make: object, message: str) -> None:
         make()
 
 
+def test_an_adapter_around_the_first_conv() -> None:
+    """As low-rank adapters and observers stand there."""
+    model, x = sct.CifarSeqResNet(4, 1).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    model.stem[0] = nn.Sequential(model.stem[0])
+    assert torch.equal(model(x), expected)
+
+
 def test_registry() -> None:
     assert "seqresnet_b42" in sct.list_models()
     assert sct.list_models("seqresnet_b*") == ["seqresnet_b22", "seqresnet_b42"]

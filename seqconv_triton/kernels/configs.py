@@ -20,7 +20,7 @@ import torch
 
 from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
-# The kernel families that multiply matrices, and the architectures where a third stage of loads in flight spills registers.
+# Kernel families, those that multiply matrices, and the architectures where a third stage of loads in flight spills.
 TWO_STAGES = {
     "convolution": ("gfx", "sm_8", "sm_12"),
     "transposed": ("gfx", "sm_8", "sm_12"),
@@ -282,12 +282,13 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
     many = block_n * element_size > 128 and not hopper
     if kernel == "convolution":
-        narrow = block_n == 16 and (key.taps == 1 if sm_86 else key.taps > 1 and reduction == 16)
-        if sm_8x and (narrow or (block_n == 64 and key.taps > 1)):
+        one = key.taps == 1
+        narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
+        if sm_12x and block_n == 64 and one and element_size == 2:
             stages = 3
-        elif sm_12x and block_n == 64 and key.taps == 1 and element_size == 2:
+        if sm_8x and (narrow or (block_n == 64 and not one)):
             stages = 3
-        elif arch.startswith("sm_10") and block_n == 16 and key.taps == 1:
+        if arch.startswith("sm_10") and block_n == 16 and one:
             block_k = min(block_k, 32)
     elif kernel == "transposed":
         many = many and not (sm_80 and block_n == 128 and key.taps > 1 and element_size == 2)

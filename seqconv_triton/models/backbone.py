@@ -62,8 +62,8 @@ class Backbone(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
-        assert isinstance(first, nn.Conv2d)
-        out: Tensor = self.stem(network_input(x, first.weight))
+        # What a user puts in the first conv's place, an adapter around it, checks its input itself.
+        out: Tensor = self.stem(network_input(x, first.weight if isinstance(first, nn.Conv2d) else None))
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -127,9 +127,10 @@ class Backbone(nn.Module):
 
 
 @leaf
-def network_input(x: Tensor, weight: Tensor) -> Tensor:
+def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
     """Images as the stages want them, channels-last, if they fit the first conv's weight."""
-    check_network_input(x, weight)
+    if weight is not None:
+        check_network_input(x, weight)
     return x.contiguous(memory_format=torch.channels_last)
 
 
