@@ -27,23 +27,27 @@ WIDTHS = (38, 15, 16, 30)
 
 @dataclass(frozen=True)
 class Line:
-    """A comparison, in seconds or bytes; `theirs` is None where it was not waited for, which `note` says."""
+    """A comparison, in seconds or bytes; where theirs was `given_up`, it would have taken more than `theirs`."""
 
     name: str
-    theirs: float | None
+    theirs: float
     ours: float
     unit: str
     note: str = ""
+    given_up: bool = False
 
-    def text(self, value: float | None) -> str:
-        if value is None:
-            return "–"
+    def texts(self) -> tuple[str, str]:
+        """Theirs and ours."""
+        theirs, ours = (self.text(value) for value in (self.theirs, self.ours))
+        return f"> {theirs}" if self.given_up else theirs, ours
+
+    def text(self, value: float) -> str:
         if self.unit == "bytes":
             return mebibytes(value)
         return f"{value:.1f} s" if value >= 2 else f"{milliseconds(value)} ms"
 
     def __str__(self) -> str:
-        return row_of(self.name, self.text(self.theirs), self.text(self.ours), self.note)
+        return row_of(self.name, *self.texts(), self.note)
 
 
 def row_of(*cells: str) -> str:
@@ -95,9 +99,8 @@ def measured(model: str, image: int, device: torch.device, limit: float) -> Iter
     command = python("bench", "show", "--child", "--model", model, "--image", str(image))
     child = spawn(command)
     through = child.end_by(time.monotonic() + limit) == 0
-    waited = float(child.lines()[-1]) if through else None
-    note = "" if through else f"theirs not done after {limit:.0f} s"
-    yield Line("torch.compile, caches empty", waited, compiled["compile_seconds"], "s", note)
+    waited, note = (float(child.lines()[-1]), "") if through else (limit, "theirs was not waited for")
+    yield Line("torch.compile, caches empty", waited, compiled["compile_seconds"], "s", note, not through)
     step = replace(evaluation, training=True, batch=evaluation.batch // 4, contenders=PLAIN, rounds=3)
     rows = by_contender(run_case(step, device, None, isolated=not gpu), "step")
     theirs, ours = (rows[label] for label in PLAIN)
@@ -143,16 +146,15 @@ def draw(lines: list[Line], model: str, where: str, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [line for line in lines if line.theirs is not None]
-    figure = Figure(figsize=(8, 0.5 + 0.72 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 + 0.72 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, line in zip(figure.subplots(len(shown), 1, squeeze=False).flat, shown, strict=True):
-        values = [line.ours, line.theirs or 0.0]
-        axes.barh(COLUMNS[2:0:-1], values, color=["#0072b2", "#d55e00"])
-        for place, value in enumerate(values):
-            axes.annotate(
-                line.text(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center", size=8
-            )
+    for axes, line in zip(figure.subplots(len(lines), 1, squeeze=False).flat, lines, strict=True):
+        values = [line.ours, line.theirs]
+        bars = axes.barh(COLUMNS[2:0:-1], values, color=["#0072b2", "#d55e00"])
+        if line.given_up:
+            bars[1].set(hatch="///", edgecolor="white", linewidth=0)
+        for place, (value, text) in enumerate(zip(values, reversed(line.texts()), strict=True)):
+            axes.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", size=8)
         axes.set_xlim(0, 1.15 * max(values))
         axes.set_title(line.name, fontsize=9, loc="left")
         axes.tick_params(labelsize=8)

@@ -2,6 +2,7 @@
 
 # Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -140,6 +141,6 @@ def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(indices, int) and not 1 <= indices <= count:
         raise ValueError(f"indices ({indices}) {wanted}")
     chosen = list(range(count)[-indices:] if isinstance(indices, int) else range(count) if indices is None else indices)
-    if not chosen or not all(isinstance(i, int) and -count <= i < count for i in chosen):
+    if not chosen or not all(isinstance(i, Integral) and -count <= i < count for i in chosen):
         raise ValueError(f"indices {chosen} {wanted}")
     return [i % count for i in chosen]
