@@ -281,18 +281,20 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
         return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 8 if many else 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
     many = block_n * element_size > 128 and not hopper
+    one = key.taps == 1
     if kernel == "convolution":
-        one = key.taps == 1
         narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
-        if sm_12x and block_n == 64 and one and element_size == 2:
-            stages = 3
-        if sm_8x and (narrow or (block_n == 64 and not one)):
+        if (sm_8x and narrow) or (block_n == 64 and ((sm_8x and not one) or (sm_12x and one and element_size == 2))):
             stages = 3
         if arch.startswith("sm_10") and block_n == 16 and one:
             block_k = min(block_k, 32)
     elif kernel == "transposed":
-        many = many and not (sm_80 and block_n == 128 and key.taps > 1 and element_size == 2)
+        many = many and not (sm_80 and block_n == 128 and not one and element_size == 2)
+        if sm_86 and block_n == 32 and not one and element_size == 4:
+            stages = 3
     elif kernel == "pull":
         many = many and not (sm_8x and block_n == 128 and element_size == 2) and not (sm_86 and reduction == 16)
         many = many or (sm_12x and block_n == 64)
+        if sm_86 and block_n == 16 and not one and element_size == 4:
+            stages = 3
     return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)
