@@ -33,4 +33,6 @@ def main(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m examples.export_checkpoint CHECKPOINT")
     main(Path(sys.argv[1]))

@@ -69,6 +69,22 @@ def test_two_steps_on_features(case: str) -> None:
 
 @ignore
 @pytest.mark.parametrize("case", MAKERS)
+def test_exports_follow(case: str) -> None:
+    """What is exported is what the model would compute with, though nobody has called it since."""
+    model, other = (sct.create_model("cifar_seqresnet_r4_k8").eval() for _ in range(2))
+    for m in (model, other):
+        MAKERS[case](m.stages[0])
+    other.load_state_dict(randomise(model).state_dict())
+    published = sct.export_published(other)
+    other(torch.randn(1, 3, 8, 8))
+    again = sct.export_published(other)
+    assert all(error(value, again[name]) < 1e-5 for name, value in published.items())
+    changed(other.stages[0])
+    assert any(error(value, again[name]) > 0.1 for name, value in sct.export_published(other).items())
+
+
+@ignore
+@pytest.mark.parametrize("case", MAKERS)
 def test_nothing_is_loaded_into_them(case: str) -> None:
     published = sct.export_published(randomise(sct.create_model("cifar_seqresnet_r4_k8")))
     model = sct.create_model("cifar_seqresnet_r4_k8")
@@ -82,6 +98,8 @@ def test_nothing_is_loaded_into_them(case: str) -> None:
 def test_nothing_is_loaded_where_there_is_no_memory() -> None:
     published = sct.export_published(sct.create_model("cifar_seqresnet_r4_k8"))
     model = sct.create_model("cifar_seqresnet_r4_k8", device="meta")
+    with pytest.raises(ValueError, match="meta device: nothing there can be exported"):
+        sct.export_published(model)
     with pytest.raises(ValueError, match=r"meta device.*to_empty"):
         sct.load_published(model, published)
     model = model.to_empty(device="cpu")

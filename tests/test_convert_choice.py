@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from backbones import BACKBONES, Bottleneck, conv3, network, vgg
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import seqconv_triton as sct
 
@@ -194,6 +195,24 @@ def test_no_hook_is_lost(at: int, register: str) -> None:
     getattr(model[3 + at], register)(lambda *_: None)
     _, report = sct.convert(model, 8)
     assert any(row.name == "3" and row.reason.endswith("has hooks") for row in report.kept)
+
+
+COMPUTE = {
+    "pruned": lambda conv, norm: prune.l1_unstructured(conv, "weight", 0.5),
+    "pruned-bn": lambda conv, norm: prune.l1_unstructured(norm, "weight", 0.5),
+    "weight-norm": lambda conv, norm: nn.utils.weight_norm(conv),
+    "spectral-norm": lambda conv, norm: nn.utils.spectral_norm(conv),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("case", COMPUTE)
+def test_no_computed_weight_is_lost(case: str) -> None:
+    model = vgg()
+    COMPUTE[case](model[3], model[4])
+    _, report = sct.convert(model, 8)
+    (row,) = (row for row in report.kept if row.name == "3")
+    assert "weight is computed" in row.reason
 
 
 class ReadsBias(nn.Module):

@@ -307,11 +307,13 @@ def test_computed_weights_are_refused() -> None:
 
 
 HOOKED = {
-    "last-bn": (lambda model: model.norm, False, "a BatchNorm2d"),
-    "stem-bn": (lambda model: model.stem[1], False, "a BatchNorm2d"),
-    "stem-conv": (lambda model: model.stem[0], False, "a StemConv2d"),
-    "stage-bn": (lambda model: model.stages[0].reduce_norm, False, r"stages\.0: a BatchNorm2d"),
+    "last-bn": (lambda model: model.norm, False, "norm: a BatchNorm2d"),
+    "stem-bn": (lambda model: model.stem[1], False, r"stem\.1: a BatchNorm2d"),
+    "stem-conv": (lambda model: model.stem[0], False, r"stem\.0: a StemConv2d"),
+    "stage-bn": (lambda model: model.stages[0].reduce_norm, False, r"stages\.0\.reduce_norm: a BatchNorm2d"),
     "stage": (lambda model: model.stages[0], True, r"stages\.0: a Stage"),
+    "second-conv": (lambda model: model.stem[3], True, r"stem\.3: a StemConv2d"),
+    "adapted-conv": (lambda model: model.stem[0][1], True, r"stem\.0\.1: a StemConv2d"),
 }
 
 
@@ -320,6 +322,8 @@ def test_no_hook_is_lost(case: str) -> None:
     """On a module that would be gone it is an error; elsewhere it goes along."""
     find, only_plain, message = HOOKED[case]
     model, x = randomise(small_imagenet()).eval(), torch.randn(2, 3, 40, 40)
+    if case == "adapted-conv":
+        model.stem[0] = nn.Sequential(nn.Conv2d(3, 3, 1), model.stem[0])
     handle = find(model).register_forward_hook(lambda _, args, out: out * 2 if only_plain else None)
     for options in ({"plain": True},) if only_plain else ({}, {"plain": True}, {"pack": True}):
         with pytest.raises(ValueError, match=message + " that would be gone has hooks"):
@@ -328,6 +332,7 @@ def test_no_hook_is_lost(case: str) -> None:
         assert error(sct.fuse(model)(x), model(x)) < 1e-4
     handle.remove()
     model.stages.register_forward_hook(lambda *_: None)
+    model.stem[2].register_forward_hook(lambda _, args, out: out * 2)
     model.classifier.register_forward_hook(lambda _, args, out: out + 1)
     assert error(sct.fuse(model, plain=True)(x), model(x)) < 1e-4
 

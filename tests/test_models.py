@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import seqconv_triton as sct
 from seqconv_triton.interop.published import export_published
+from seqconv_triton.models.backbone import chosen_stages
 
 
 def run(module: nn.Module, x: Tensor) -> Sequence[Tensor]:
@@ -250,12 +251,28 @@ def test_bad_arguments(make: object, message: str) -> None:
         make()
 
 
+def test_stages_by_any_integers() -> None:
+    numbers = torch.tensor([0, -1, 1]).numpy()
+    for indices, found in ((2, [1, 2]), (numbers, [0, 2, 1]), (numbers[2], [2])):
+        assert chosen_stages(indices, 3) == found
+    for wrong in (1.0, Ellipsis):
+        with pytest.raises(TypeError, match="indices must be an int, several, or None, not"):
+            chosen_stages(wrong, 3)
+
+
 def test_an_adapter_around_the_first_conv() -> None:
     """As low-rank adapters and observers stand there."""
     model, x = sct.CifarSeqResNet(4, 1).eval(), torch.randn(2, 3, 8, 8)
     expected = model(x)
     model.stem[0] = nn.Sequential(model.stem[0])
     assert torch.equal(model(x), expected)
+    model = randomise(small_imagenet()).eval()
+    model.stem[0] = nn.Sequential(nn.Conv2d(4, 3, 1), model.stem[0])
+    x = torch.randn(2, 4, 40, 40)
+    for options in ({}, {"plain": True}):
+        fused = sct.fuse(model, **options)
+        assert error(fused(x), model(x)) < 1e-4 and torch.equal(fused(x), fused.train()(x))
+        assert not any("running" in name for name in fused.state_dict())
 
 
 def test_registry() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -178,6 +179,19 @@ class AlwaysInEvaluation(nn.BatchNorm2d):
         return super().train(False)
 
 
+class Keeping(FrozenModule):
+    """Computes its scale once, and holds what cannot be copied."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.scale, self.lock = None, threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return (x - self.running_mean[:, None, None]) * self.scale[:, None, None] + self.bias[:, None, None]
+
+
 FROZEN = [FrozenModule, FrozenWithAffine, FrozenSubclass, AlwaysInEvaluation]
 
 
@@ -240,6 +254,11 @@ def test_frozen_whatever_its_values_are() -> None:
     far.norm.running_mean.fill_(1e4)
     far.norm = FrozenModule(far.norm)
     assert far(torch.randn(2, 6, 4, 4)).isfinite().all()
+    kept, plain = pair("basic")
+    kept.norm = Keeping(kept.norm)
+    kept.norm(torch.randn(2, 12, 4, 4, dtype=torch.float64))
+    plain.replace(FrozenModule)
+    assert_alike(kept, plain)
     computed = {name: value * 1 for name, value in layer.named_parameters()}
     fresh, _ = pair("basic")
     fresh.norm = FrozenWithAffine(fresh.norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_a_copy_of_model_and_optimizer() -> None:
         if module is twin:
             assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(torch.equal(p, twin.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_model_and_optimizer_in_one_file(tmp_path: Path) -> None:
+    model = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
+    optimizer = torch.optim.SGD(sct.parameter_groups(model, 0.1, per_group=True), lr=0.01)
+    torch.save((model, optimizer), tmp_path / "both.pt")
+    twin, loaded = torch.load(tmp_path / "both.pt", weights_only=False)
+    x, before = torch.randn(2, 6, 4, 5), model.transform_weight.detach().clone()
+    for module, steps in ((twin, loaded), (model, optimizer)):
+        scaled_step(module, steps, x)
+        assert not torch.equal(module.transform_weight, before)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, twin.get_parameter(name)), name
 
 
 def scaled_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:

@@ -20,6 +20,17 @@ KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 }
 
 
+class Frozen(nn.BatchNorm2d):
+    """The usual way to freeze: PyTorch's forward, and a train() that does nothing."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+class Slots(nn.BatchNorm2d):
+    __slots__ = ("tag",)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bns_of_any_dimension(kind: str) -> None:
     make, shape = KINDS[kind]
@@ -61,8 +72,10 @@ def replaced_forward() -> nn.BatchNorm2d:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
-    "own-forward": (lambda: ActivatedBatchNorm(8), TypeError, "1 is a ActivatedBatchNorm with a forward of its own"),
-    "replaced-forward": (replaced_forward, TypeError, "1 is a BatchNorm2d with a forward of its own"),
+    "own-forward": (lambda: ActivatedBatchNorm(8), TypeError, "1 is a ActivatedBatchNorm with ways of its own"),
+    "replaced-forward": (replaced_forward, TypeError, "1 is a BatchNorm2d with ways of its own"),
+    "frozen": (lambda: Frozen(8), TypeError, "1 is a Frozen with ways of its own"),
+    "slots": (lambda: Slots(8), TypeError, "1 is a Slots with ways of its own"),
     "pruned": (lambda: prune.identity(nn.BatchNorm2d(8), "weight"), ValueError, "1: weight is computed"),
     "lazy": (nn.LazyBatchNorm2d, ValueError, "1 is a LazyBatchNorm2d whose features are not known yet"),
 }
@@ -86,6 +99,13 @@ def test_synchronised_already_with_a_forward_of_its_own() -> None:
     model = sct.convert_sync_batchnorm(nn.Sequential(Activated(8), nn.SyncBatchNorm(8)).eval())
     x = torch.randn(2, 8, 3, 3)
     assert type(model[0]) is Activated and type(model[1]) is not nn.SyncBatchNorm
+    for shape in ((4, 8), (4, 8, 5), (4, 8, 2, 3), (4, 8, 2, 3, 4)):  # it takes any
+        assert model[1](torch.randn(shape)).shape == shape
+    with pytest.raises(ValueError, match="at least 2D"):
+        model[1].train()(torch.randn(8))
+    group = object()
+    sct.convert_sync_batchnorm(model.eval(), group)
+    assert model[1].process_group is group
     assert error(model(x), (x / (1 + 1e-5) ** 0.5).relu() / (1 + 1e-5) ** 0.5) < 1e-6
 
 

@@ -241,12 +241,18 @@ def test_pruning_keeps_the_bns(case: str, timm: ModuleType) -> None:
     shrink()
     model = randomise(timm.create_model("seqresnet_b22"), layer_b=0.1).double()
     BNS[case](model.stages[1])
-    whole = copy.deepcopy(model)
+    whole, calls = copy.deepcopy(model), []
+    stage = model.stages[1]
+    stage.tag = "mine"
+    stage.register_forward_hook(lambda *_: calls.append("stage"))
     model.prune_intermediate_layers([1])
+    model.stages[1].norm.register_forward_hook(lambda *_: calls.append("norm"))
+    assert model.stages[1].tag == "mine" and not stage.norm._forward_hooks
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for _ in range(2):
         features = [m.forward_intermediates(x, [1], intermediates_only=True)[0] for m in (model, whole)]
         assert error(*features) < 1e-10
+    assert calls == ["norm", "stage"] * 2
     for name in ("norm", "reduce_norm"):
         short, long = (getattr(m.stages[1], name) for m in (model, whole))
         assert type(short) is type(long) and short.training == long.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,20 @@ def test_what_a_hook_changes_is_an_error_however_little() -> None:
                 layer(x)
             handle.remove()
         assert torch.equal(layer(x), expected)
+
+
+def test_hooks_where_several_threads_share_a_layer() -> None:
+    layer, _ = pair(bottleneck=True)
+    for _, norm in named(layer.eval()):
+        norm.register_forward_hook(lambda *_: None)
+    x = [torch.randn(2, 6, 4, 5, dtype=torch.float64) for _ in range(4)]
+    expected = [layer(one) for one in x]
+
+    def work(i: int) -> bool:
+        return all(torch.equal(layer(x[i]), expected[i]) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 def test_hooks_that_take_themselves_away_or_others_in() -> None:

@@ -33,7 +33,7 @@ class Config:
         None, RUN, f"name (sct.list_models()), or {CUSTOM}: CifarSeqResNet with --model-options"
     )
     model_options: Mapping[str, Any] | None = setting(
-        None, RUN, "such as group_width=8 blocks=1,2,1 dropout=0", nargs="*"
+        None, RUN, "such as group_width=8 widen=4 blocks=1,2,1 dropout=0", nargs="*"
     )
     output: Path = setting(Path("out/train"), RUN, "folder of checkpoints and log", free=True, type=Path)
     seed: int = setting(0, RUN, "of weights, order and augmentation", type=int)

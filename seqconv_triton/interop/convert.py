@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from seqconv_triton.interop.convert_trace import Triple, find_triples
+from seqconv_triton.nn.computed import refuse_offloaded
 from seqconv_triton.nn.layers import SeqConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -134,6 +135,7 @@ def _check_model(model: object) -> None:
     kinds = {kind.__name__ for kind in type(model).__mro__} & WRAPPERS
     if kinds:
         raise TypeError(f"model is a {kinds.pop()}; convert the model itself, before compiling or wrapping it")
+    refuse_offloaded(model, "be converted")
 
 
 def _chooser(select: Selection, names: list[str]) -> Callable[[str, nn.Conv2d], bool]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from seqconv_triton.nn.computed import computed
 from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.nn.watched import watched
 
@@ -76,6 +77,8 @@ def _no_candidate(conv: nn.Conv2d) -> str | None:
     """Why a 3×3 conv, wherever it stands, cannot be a SeqConv layer."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, no plain Conv2d"
+    if computed(conv) is not None:
+        return "its weight is computed (parametrization, pruning)"
     if watched(conv):
         return "it has hooks"
     if conv.stride != (1, 1):
@@ -119,6 +122,8 @@ def _follow(graph: fx.Graph, conv: nn.Conv2d, modules: dict[str, nn.Module], cal
         return "other convs share its BatchNorm2d"
     if norm.weight is None or norm.running_mean is None:
         return "its BatchNorm2d has no affine or no running statistics"
+    if computed(norm) is not None:
+        return "its BatchNorm2d's weight is computed (parametrization, pruning)"
     if watched(norm):
         return "its BatchNorm2d has hooks"
     fused = getattr(norm, "act", None)

@@ -19,7 +19,7 @@ from seqconv_triton.interop import torch_file
 from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import ImageNetNetwork, SeqResNeXt24
-from seqconv_triton.nn.computed import refuse_computed
+from seqconv_triton.nn.computed import make_weights, refuse_computed, refuse_offloaded
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.nn.norm import VECTORS, Affine, is_batch_norm
 
@@ -118,10 +118,14 @@ def _entries(model: Backbone) -> Iterator[Entry]:
 def export_published(model: Backbone) -> dict[str, Tensor]:
     """The model's parameters and statistics under the published names, as copies.
 
-    Raises TypeError if model is none of the paper's networks.
+    Weights that hooks compute (pruning) are computed first. Raises TypeError if model is none of the paper's networks,
+    ValueError where it is folded or has no data, on the meta device.
     """
-    _require_backbone(model)
-    return {entry.name: entry.ours.detach().clone() for entry in _entries(model)}
+    _require_data(model, "be exported")
+    with torch.no_grad():
+        for module in model.modules():
+            make_weights(module)
+        return {entry.name: entry.ours.detach().clone() for entry in _entries(model)}
 
 
 def load_published(
@@ -138,11 +142,9 @@ def load_published(
     model on the meta device or with weights that are computed (parametrizations, pruning);
     TypeError if model is none of the paper's networks, or source nothing to load from; OSError as open() does.
     """
-    _require_backbone(model)
+    _require_data(model, "be loaded")
     for name, module in model.named_modules():
         refuse_computed(name or type(model).__name__, module, "be loaded")
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model is on the meta device, and has no memory to load into; call to_empty(device=…) first")
     given = unwrap(source if isinstance(source, Mapping) else read_file(source))
     with torch.no_grad():  # views that may be written
         entries = list(_entries(model))
@@ -159,9 +161,12 @@ def load_published(
     return model
 
 
-def _require_backbone(model: object) -> None:
+def _require_data(model: object, purpose: str) -> None:
     if not isinstance(model, Backbone):
         raise TypeError(f"model must be one of the paper's networks, not {type(model).__name__}")
+    refuse_offloaded(model, purpose)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"model is on the meta device: nothing there can {purpose}; call to_empty(device=…) first")
 
 
 def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, object]:

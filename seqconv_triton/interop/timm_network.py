@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -19,6 +19,7 @@ from seqconv_triton.nn.computed import refuse_computed
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.nn.norm import Affine
 
+Module = TypeVar("Module", bound=nn.Module)
 POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
 
 
@@ -147,23 +148,28 @@ def features_alone(stage: Stage) -> Stage:
     short = dataclasses.replace(
         plan, layers=plan.layers[:blocks], read_channels=plan.layers[blocks - 1].out_channels, tail=None
     )
-    new = Stage(short, dropout=stage.dropout, device="meta")
+    new, shapes = _twin(stage), Stage(short, device="meta")
+    new.plan, new.mask_columns = short, shapes.mask_columns
     # Groups lie one behind the other in every packed tensor, and those of the blocks come first.
-    for name, parameter in new._parameters.items():
-        if parameter is not None:
-            new._parameters[name] = _beginning(stage.get_parameter(name), parameter.shape)
+    for name in stage._parameters:
+        like = getattr(shapes, name)
+        new._parameters[name] = None if like is None else _beginning(stage.get_parameter(name), like.shape)
     new.norm = _shortened(stage.norm, short.normalized_channels)
     if stage.reduce_norm is not None:
         new.reduce_norm = _shortened(stage.reduce_norm, len(short.groups) * short.group_width)
-    new.recompute = stage.recompute
-    new.training = stage.training
+    return new
+
+
+def _twin(module: Module) -> Module:
+    """With parameters, buffers, modules, hooks and attributes of its own, which are the same ones at first."""
+    new = copy.copy(module)
+    new.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
     return new
 
 
 def _shortened(norm: nn.Module, channels: int) -> nn.Module:
     """A BN of the same kind and mode over the first channels."""
-    new = copy.copy(norm)
-    new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
+    new = _twin(norm)
     for name, parameter in norm._parameters.items():
         new._parameters[name] = None if parameter is None else _beginning(parameter, (channels,))
     for name, buffer in norm._buffers.items():

@@ -1,7 +1,7 @@
 """What the paper's networks share: stem, stages, last BN, pooling, classifier; timm's conventions around them."""
 
 # Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -138,9 +138,13 @@ def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
 def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """Which of `count` stages are meant: all, the last so many, or those listed (negative ones from the end)."""
     wanted = f"must name stages 0 to {count - 1}, negative ones from the end, or be a number of last ones to {count}"
-    if isinstance(indices, int) and not 1 <= indices <= count:
-        raise ValueError(f"indices ({indices}) {wanted}")
-    chosen = list(range(count)[-indices:] if isinstance(indices, int) else range(count) if indices is None else indices)
+    if isinstance(indices, Integral) and not isinstance(indices, bool):
+        if not 1 <= indices <= count:
+            raise ValueError(f"indices ({indices}) {wanted}")
+        return list(range(count))[-int(indices) :]
+    if not isinstance(indices, Iterable | None):
+        raise TypeError(f"indices must be an int, several, or None, not {type(indices).__name__}")
+    chosen = list(range(count) if indices is None else indices)
     if not chosen or not all(isinstance(i, Integral) and -count <= i < count for i in chosen):
         raise ValueError(f"indices {chosen} {wanted}")
-    return [i % count for i in chosen]
+    return [int(i) % count for i in chosen]

@@ -6,7 +6,8 @@ Folded are the 1×1 convs' BNs, and those of the 3×3 convs without a shortcut b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
 from seqconv_triton.backend.traced import constants
 from seqconv_triton.models.backbone import Backbone
-from seqconv_triton.nn.computed import refuse_computed
+from seqconv_triton.nn.computed import refuse_computed, refuse_offloaded
 from seqconv_triton.nn.layers import PackedSeqConv, Stage
 from seqconv_triton.nn.norm import Affine, read
 from seqconv_triton.nn.plain import PlainSeqConv
@@ -61,14 +62,14 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
         raise ValueError(f"model ({type(model).__name__}) has no seqconv_triton layers to fold")
     if any(isinstance(module.norm, Affine) for module in packed):
         raise ValueError(f"model ({type(model).__name__}) is folded already")
-    for name, module in model.named_modules():
-        for part in _parts(module):
-            refuse_computed(name or type(module).__name__, part, "be folded")
-            if (plain or not isinstance(part, PackedSeqConv)) and watched(part):
-                raise ValueError(
-                    f"{name or type(module).__name__}: a {type(part).__name__} that would be gone has hooks, or a "
-                    "forward put in the place of its own; fuse first, hook afterwards"
-                )
+    refuse_offloaded(model, "be folded")
+    for name, part in _touched(model, plain):
+        refuse_computed(name, part, "be folded")
+        if (plain or not isinstance(part, PackedSeqConv)) and watched(part):
+            raise ValueError(
+                f"{name}: a {type(part).__name__} that would be gone has hooks, or a forward put in the place of its "
+                "own; fuse first, hook afterwards"
+            )
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, PackedSeqConv):
@@ -79,12 +80,7 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
         elif isinstance(module, Backbone):
             if not isinstance(module.norm, nn.Identity):  # timm's feature networks end without one
                 module.norm = _affine("norm", module.norm, next(module.parameters())).requires_grad_(False)
-            for i in range(len(module.stem) - 1):
-                conv, norm = module.stem[i], module.stem[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
-                    _affine(f"stem.{i + 1}", norm, conv.weight)  # what cannot be folded is refused there
-                    module.stem[i], module.stem[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-            module.stem.requires_grad_(False)
+            _fold_stem(module.stem)
     return _replaced(model, {}) if plain else model  # type: ignore[return-value] # a layer alone is another kind then
 
 
@@ -128,11 +124,37 @@ def _affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
     return Affine(scale.to(weight.dtype), shift.to(bias.dtype))
 
 
-def _parts(module: nn.Module) -> Iterable[nn.Module]:
-    """The modules that are folded for this one's sake."""
-    if isinstance(module, PackedSeqConv):
-        return module.modules()
-    return (*module.stem, module.norm) if isinstance(module, Backbone) else ()
+def _touched(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
+    """What is folded: the modules that will be others, and the packed layers, which are that only if `plain`."""
+    for prefix, module in model.named_modules():
+        parts: dict[str, nn.Module] = {}
+        if isinstance(module, PackedSeqConv):
+            parts = {"": module, **dict(module.named_children())}
+        elif isinstance(module, Backbone):
+            parts = {f"stem.{i}": part for i, part in enumerate(module.stem) if isinstance(part, _BatchNorm)}
+            parts |= {f"stem.{i - 1}": module.stem[i - 1] for i in _behind_convs(module.stem)}
+            parts |= {} if isinstance(module.norm, nn.Identity) else {"norm": module.norm}
+        elif plain and isinstance(module, StemConv2d):
+            parts = {"": module}
+        for name, part in parts.items():
+            yield ".".join(filter(None, (prefix, name))) or type(part).__name__, part
+
+
+def _behind_convs(stem: nn.Sequential) -> list[int]:
+    """The BNs of a stem that are folded into the conv before them."""
+    pairs = pairwise(stem)
+    return [i for i, (a, b) in enumerate(pairs, 1) if isinstance(a, nn.Conv2d) and isinstance(b, _BatchNorm)]
+
+
+def _fold_stem(stem: nn.Sequential) -> None:
+    convs = _behind_convs(stem)
+    for i, norm in enumerate(stem):
+        if isinstance(norm, _BatchNorm):
+            like = next(stem.parameters())
+            stem[i] = _affine(f"stem.{i}", norm, like)  # which refuses what cannot be folded
+            if i in convs:
+                stem[i - 1], stem[i] = fuse_conv_bn_eval(stem[i - 1], norm), nn.Identity()  # type: ignore[type-var]
+    stem.requires_grad_(False)
 
 
 def _fold_packed(module: PackedSeqConv) -> None:

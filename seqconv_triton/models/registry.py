@@ -40,5 +40,5 @@ def create_model(name: str, **options: Any) -> Backbone:
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown model {name!r}{hint} (all names: sct.list_models())")
+        raise ValueError(f"unknown model {name!r}{hint} (all names: sct.list_models(), python -m seqconv_triton info)")
     return MODELS[name](**options)

@@ -158,28 +158,52 @@ def is_frozen(norm: nn.Module) -> bool:
 is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def _acts_frozen(norm: nn.Module) -> bool:
+    """As its class does with any vectors; one that keeps what it made of them, with its own."""
+    with torch.no_grad():
+        ramp = torch.linspace(-1, 1, len(norm.weight), dtype=torch.float64, device=norm.weight.device)  # type: ignore[arg-type]
+        others = (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2)
+        return _computes_with(norm, dict(zip(VECTORS, others, strict=True))) or _computes_with(norm, {})
+
+
+def _computes_with(norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
+    """Whether its forward, in training, is that of a BN with fixed statistics, with some vectors exchanged."""
     forward: Any = type(norm).forward  # hooks are not for this
-    like: Tensor = norm.weight  # type: ignore[assignment]
-    ramp = torch.linspace(-1, 1, len(like), dtype=torch.float64, device=like.device)
-    vectors: dict[str, Tensor] = dict(
-        zip(VECTORS, (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2), strict=True)
-    )
-    # A parameter that is computed, as torch.func.functional_call has them, cannot be copied by deepcopy itself.
-    held = {id(t): nn.Parameter(t.detach().clone(), t.is_floating_point()) for t in norm.parameters()}
-    probe = copy.deepcopy(norm, {**held, **{id(t): t.detach().clone() for t in norm.buffers()}}).train()
+    probe = _copy(norm).train()
     for name, vector in vectors.items():
-        vectors[name] = getattr(probe, name).copy_(vector).double()
-    weight, bias, mean, var = vectors.values()
-    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None].to(like.dtype)
+        getattr(probe, name).copy_(vector)
+    dtype = probe.weight.dtype
+    weight, bias, mean, var = (getattr(probe, name).double() for name in VECTORS)
+    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None].to(dtype)
     expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, _eps(norm))
     try:
         found = forward(probe, x)
     except Exception:
         return False
-    tolerance = 64 * torch.finfo(like.dtype).eps
-    return isinstance(found, Tensor) and torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        return False
+    tolerance = 64 * torch.finfo(dtype).eps * (1 + expected.abs())
+    return bool(((found.double() - expected).abs() <= tolerance).all())
+
+
+def _copy(module: nn.Module) -> Any:
+    """With tensors and modules of its own, and all else shared: not everything in a module can be copied."""
+    new = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):
+            held = new.__dict__[name] = value.copy()
+            held |= {key: _own(item) for key, item in held.items()}
+        else:
+            new.__dict__[name] = _own(value)
+    return new
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), requires_grad=False)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return _copy(value) if isinstance(value, nn.Module) else value
 
 
 def _eps(norm: nn.Module) -> float:

@@ -64,6 +64,9 @@ class GroupParameter(nn.Parameter):
         memo[id(self)] = new
         return new
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return GroupParameter.of, (self.whole, self.part_of)
+
     @property
     def grad(self) -> Tensor | None:
         return None if self.whole.grad is None else self.part_of(self.whole.grad)

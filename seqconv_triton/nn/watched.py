@@ -8,6 +8,7 @@ BN's own must return what the stage computed with.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,10 +89,11 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, mean: Tensor | N
         norm(raw)
         return
     calls: list[tuple[Tensor, Tensor]] = []
-    given = raw.detach().clone()
+    given, thread = raw.detach().clone(), threading.get_ident()
 
-    def note(_: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        calls.append((inputs[0], out.detach().clone()))
+    def note(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        if module is norm and threading.get_ident() == thread:  # others see this hook, too
+            calls.append((inputs[0], out.detach().clone()))
 
     handle = norm.register_forward_hook(note, prepend=True)
     try:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 MODES = {"eval": "evaluation", "folded": "evaluation, BNs folded", "train": "training step"}
 NETWORKS = f"{'network':<24}{'':<24}{'launches':>9}{'bytes ms':>10}{'FLOP ms':>10}{'issue ms':>10}{'floor ms':>10}"
 
+LEGEND = """\
+floor: the sum over launches of the largest of bytes, FLOPs and issue time; roofline: of the first two.
+Ours: the stages, without stem, classifier and PyTorch's own small ops."""
+PEERS = """\
+ResNets: their roofline as a floor, no issue slots counted. A conv reads input and weight and writes its output once;
+BN-ReLU(-add) is one pass in evaluation; in training statistics read once, normalising reads and writes, BN's backward
+is two passes over three tensors each, a conv's backward two convs."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="seqresnet_b42", help="a model's name (default: seqresnet_b42)")
@@ -55,8 +63,9 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         print(f"\n{arguments.model}, {MODES[mode]}", *kernel_lines(works, gpu, arguments.arch), sep="\n", flush=True)
         sums.append(model_line(arguments.model, mode, works, gpu, arguments.arch, arguments.batch))
     print("", NETWORKS + f"{'÷ roofline':>11}{'images/s':>10}", *sums, sep="\n")
+    print(LEGEND)
     if images[-1] % 32 == 0 and images[-1] > 32:
-        print(*peer_lines(arguments.mode, arguments.batch, gpu, dtype.itemsize, images[-1]), sep="\n")
+        print(*peer_lines(arguments.mode, arguments.batch, gpu, dtype.itemsize, images[-1]), PEERS, sep="\n")
     return 0
 
 
@@ -100,11 +109,4 @@ def peer_lines(mode: str, batch: int, gpu: Gpu, element_size: int, size: int) ->
                     f"{1e3 * r.operations_seconds:>10.2f}{'':>10}{1e3 * r.roofline_seconds:>10.2f}{'':>11}"
                     f"{batch / r.roofline_seconds:>10,.0f}"
                 )
-    return [
-        *lines,
-        "floor: the sum over launches of the largest of bytes, FLOPs and issue time; roofline: of the first two.",
-        "Ours: the stages, without stem, classifier and PyTorch's own small ops. ResNets: their roofline as a floor,",
-        "no issue slots counted. A conv reads input and weight and writes its output once; BN-ReLU(-add) is one pass",
-        "in evaluation; in training statistics read once, normalising reads and writes, BN's backward is two passes",
-        "over three tensors each, a conv's backward two convs.",
-    ]
+    return lines

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """0; 1 if a kernel computed wrongly or the table could not be written; 2 where nothing can be measured."""
-    if arguments.seconds <= 0:
+    if not arguments.seconds > 0:
         raise ValueError(f"--seconds ({arguments.seconds}) must be positive")
     require("tune", "triton", "triton")
     import triton
