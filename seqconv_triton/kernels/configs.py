@@ -263,38 +263,38 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
 
     Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 64 registers a thread.
     """
-    kernel, reduction, block_n, element_size, _ = key
+    kernel, reduction, block_n, element_size, taps = key
+    one, float32 = taps == 1, element_size > 2
+    sm_8x, sm_9x, sm_10x, sm_12x = (arch.startswith(f"sm_{generation}") for generation in (8, 9, 10, 12))
+    sm_86 = arch.startswith(("sm_86", "sm_89"))
     stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
-    hopper = arch.startswith("sm_9")
-    longest = 32 if element_size == 4 or arch.startswith(("sm_8", "sm_12")) else 64
-    block_k = max(16, min(longest, next_power_of_2(reduction)))
+    block_k = max(16, min(32 if float32 or sm_8x or sm_12x else 64, next_power_of_2(reduction)))
     # Exceptions below are kernels that spill otherwise (`python -m bench compiled`), most of them on sm_8x, where the
     # assembler keeps registers back for more programs at a time.
-    sm_8x, sm_86 = arch.startswith("sm_8"), arch.startswith(("sm_86", "sm_89"))
-    sm_80, sm_12x = sm_8x and not sm_86, arch.startswith("sm_12")
     if kernel == "weight_gradient":
-        if sm_8x and key.taps == 1 and block_n == 128 and (sm_86 or reduction > 1024):
+        if sm_8x and one and block_n == 128 and (sm_86 or reduction > 1024):
             stages = 2
         # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
-        many = block_n == 128 and key.taps > 1 and ((sm_8x and block_k == 16) or (hopper and block_k == 64))
-        return LaunchConfig(64 if element_size == 2 else 32, block_n, block_k, 8 if many else 4, stages)
-    block_p = 128 if block_n <= 32 or (block_n <= 64 and hopper and kernel == "convolution") else 64
-    many = block_n * element_size > 128 and not hopper
-    one = key.taps == 1
+        many = block_n == 128 and not one and ((sm_8x and block_k == 16) or (sm_9x and block_k == 64))
+        return LaunchConfig(32 if float32 else 64, block_n, block_k, 8 if many else 4, stages)
+    block_p = 128 if block_n <= 32 or (block_n <= 64 and sm_9x and kernel == "convolution") else 64
+    # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
+    many = block_n * element_size > 128 and not sm_9x
     if kernel == "convolution":
         narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
-        if (sm_8x and narrow) or (block_n == 64 and ((sm_8x and not one) or (sm_12x and one and element_size == 2))):
+        if (sm_8x and narrow) or (sm_12x and block_n == 16 and not one and float32):
             stages = 3
-        if arch.startswith("sm_10") and block_n == 16 and one:
-            block_k = min(block_k, 32)
+        if block_n == 64 and ((sm_8x and not one) or (sm_12x and one and not float32)):
+            stages = 3
+        if sm_10x and block_n == 16:
+            block_k, stages = (min(block_k, 32), stages) if one else (block_k, 2 if float32 else stages)
+        many = many and not (sm_10x and float32 and block_n == 128)
     elif kernel == "transposed":
-        many = many and not (sm_80 and block_n == 128 and not one and element_size == 2)
-        if sm_86 and block_n == 32 and not one and element_size == 4:
-            stages = 3
+        sm_80 = sm_8x and not sm_86
+        many = many and not (block_n == 128 and ((sm_80 and not one and not float32) or (sm_10x and float32)))
+        stages = 3 if sm_86 and block_n == 32 and not one and float32 else stages
     elif kernel == "pull":
-        many = many and not (sm_8x and block_n == 128 and element_size == 2) and not (sm_86 and reduction == 16)
+        many = many and not (sm_8x and block_n == 128 and not float32) and not (sm_86 and reduction == 16)
         many = many or (sm_12x and block_n == 64)
-        if sm_86 and block_n == 16 and not one and element_size == 4:
-            stages = 3
+        stages = 3 if sm_86 and block_n == 16 and not one and float32 else stages
     return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)
