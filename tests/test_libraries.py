@@ -106,6 +106,25 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
                 assert twin.stages[0].norm.weight.is_meta
 
 
+def test_what_needs_offloaded_weights_is_refused() -> None:
+    accelerate = library("accelerate")
+    model = accelerate.cpu_offload(sct.CifarSeqResNet(4, 1).eval(), torch.device("cpu"), offload_buffers=True)
+    published = sct.export_published(sct.CifarSeqResNet(4, 1))
+    for call, purpose in (
+        (lambda: sct.fuse(model), "folded"),
+        (lambda: sct.load_published(model, published), "loaded"),
+        (lambda: sct.export_published(model), "exported"),
+        (lambda: sct.convert(model, 4), "converted"),
+        (lambda: sct.convert_sync_batchnorm(model), "synchronised"),
+    ):
+        with pytest.raises(ValueError, match=f"its weights are offloaded by accelerate and cannot be {purpose}"):
+            call()
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    sct.load_published(model, published)
+    assert sct.fuse(model)(torch.randn(2, 3, 8, 8)).isfinite().all()
+    assert "forward" not in sct.convert_sync_batchnorm(model).norm.__dict__  # accelerate had left it
+
+
 @facility("Multiply-adds by fvcore; by ptflops and torch.profiler under the reference backend")
 def test_counters() -> None:
     """As docs/facilities.md says, beside FlopCounterMode, which tests/test_tools.py compares with plain convs."""

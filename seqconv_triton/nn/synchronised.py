@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from seqconv_triton.nn.computed import refuse_computed, refuse_offloaded
 from seqconv_triton.nn.norm import Synchronised
+from seqconv_triton.nn.watched import has_other_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,6 +67,7 @@ def convert_sync_batchnorm(module: Model, process_group: ProcessGroup | None = N
         _check_convertible(name or "module", norm)
     # The very same modules otherwise: who holds one of them, its tensors or a hook's handle goes on with it.
     for norm in norms:
+        norm.__dict__.pop("forward", None)
         norm.__class__ = TWINS[type(norm)]
         norm.process_group = process_group  # type: ignore[assignment]
     return module
@@ -76,7 +78,7 @@ def _check_convertible(name: str, norm: _BatchNorm) -> None:
     if isinstance(norm, LazyModuleMixin) and norm.has_uninitialized_params():
         raise ValueError(f"{name} is a {kind} whose features are not known yet; call the model once first")
     refuse_computed(name, norm, "be synchronised")
-    if type(norm) not in TWINS or "forward" in norm.__dict__:
+    if type(norm) not in TWINS or has_other_forward(norm):
         raise TypeError(
             f"{name} is a {kind} with ways of its own, which a synchronised BN would not have; convert it first with "
             "the library that it is from (timm.layers.convert_sync_batchnorm), or convert the other modules alone"
