@@ -159,7 +159,7 @@ def test_blocks_inside_a_compiled_function() -> None:
 
 @pytest.fixture
 def kernels() -> Any:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is for Linux only")
     from seqconv_triton.kernels import configs, launch
 
     return configs, launch

@@ -139,8 +139,8 @@ def load_published(
 
     Raises ValueError, with the model unchanged, for a file that is no checkpoint, or with a list of all entries that
     are missing, unknown, misshapen or no numbers, or whose num_batches_tracked differ within one packed norm, and for a
-    model on the meta device or with weights that are computed (parametrizations, pruning);
-    TypeError if model is none of the paper's networks, or source nothing to load from; OSError as open() does.
+    model on the meta device or with weights that are computed (parametrizations, pruning); TypeError if model is none
+    of the paper's networks, or source nothing to load from; OSError as open() does.
     """
     _require_data(model, "be loaded")
     for name, module in model.named_modules():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -17,9 +16,8 @@ from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
 from seqconv_triton.nn.computed import refuse_computed
 from seqconv_triton.nn.layers import Stage
-from seqconv_triton.nn.norm import Affine
+from seqconv_triton.nn.norm import Affine, twin
 
-Module = TypeVar("Module", bound=nn.Module)
 POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
 
 
@@ -148,7 +146,7 @@ def features_alone(stage: Stage) -> Stage:
     short = dataclasses.replace(
         plan, layers=plan.layers[:blocks], read_channels=plan.layers[blocks - 1].out_channels, tail=None
     )
-    new, shapes = _twin(stage), Stage(short, device="meta")
+    new, shapes = twin(stage), Stage(short, device="meta")
     new.plan, new.mask_columns = short, shapes.mask_columns
     # Groups lie one behind the other in every packed tensor, and those of the blocks come first.
     for name in stage._parameters:
@@ -160,16 +158,9 @@ def features_alone(stage: Stage) -> Stage:
     return new
 
 
-def _twin(module: Module) -> Module:
-    """With parameters, buffers, modules, hooks and attributes of its own, which are the same ones at first."""
-    new = copy.copy(module)
-    new.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
-    return new
-
-
 def _shortened(norm: nn.Module, channels: int) -> nn.Module:
     """A BN of the same kind and mode over the first channels."""
-    new = _twin(norm)
+    new = twin(norm)
     for name, parameter in norm._parameters.items():
         new._parameters[name] = None if parameter is None else _beginning(parameter, (channels,))
     for name, buffer in norm._buffers.items():

@@ -279,19 +279,21 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
         return LaunchConfig(32 if float32 else 64, block_n, block_k, 8 if many else 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and sm_9x and kernel == "convolution") else 64
     # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
-    many = block_n * element_size > 128 and not sm_9x
+    many = (
+        block_n * element_size > 128 and not sm_9x and not (sm_10x and block_n == 128 and float32 and kernel != "pull")
+    )
     if kernel == "convolution":
         narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
         if (sm_8x and narrow) or (sm_12x and block_n == 16 and not one and float32):
             stages = 3
         if block_n == 64 and ((sm_8x and not one) or (sm_12x and one and not float32)):
             stages = 3
-        if sm_10x and block_n == 16:
-            block_k, stages = (min(block_k, 32), stages) if one else (block_k, 2 if float32 else stages)
-        many = many and not (sm_10x and float32 and block_n == 128)
+        if sm_10x and block_n == 16 and one:
+            block_k = min(block_k, 32)
+        elif sm_10x and block_n == 16 and float32:
+            stages = 2
     elif kernel == "transposed":
-        sm_80 = sm_8x and not sm_86
-        many = many and not (block_n == 128 and ((sm_80 and not one and not float32) or (sm_10x and float32)))
+        many = many and not (sm_8x and not sm_86 and block_n == 128 and not one and not float32)
         stages = 3 if sm_86 and block_n == 32 and not one and float32 else stages
     elif kernel == "pull":
         many = many and not (sm_8x and block_n == 128 and not float32) and not (sm_86 and reduction == 16)

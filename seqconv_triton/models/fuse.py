@@ -37,8 +37,8 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
 
     Its state dict has no statistics; it loads into `fuse` of a model of the same kind. Dropout is gone, and `train()`
     changes nothing in a folded layer. No parameter takes a gradient, but for those of a network's classifier and of
-    modules that are not ours: train the model it was made from. Fold in
-    float32 and convert afterwards: `fuse(model).bfloat16()`.
+    modules that are not ours: train the model it was made from. Fold in float32 and convert afterwards:
+    `fuse(model).bfloat16()`.
 
     With `plain` every conv is an nn.Conv2d with a weight and a bias of its own, and every activation an nn.ReLU: for
     torch.export, ONNX, quantizers, pruners and whatever else looks for PyTorch's own modules. No kernel of ours and no

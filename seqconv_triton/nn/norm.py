@@ -8,7 +8,7 @@ SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from seqconv_triton.backend.ranks import batch_norm, group_name
 from seqconv_triton.nn.computed import make_weights
 from seqconv_triton.nn.leaf import leaf
 
+Module = TypeVar("Module", bound=nn.Module)
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -178,7 +179,7 @@ def _computes_with(norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
     expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, _eps(norm))
     try:
         found = forward(probe, x)
-    except Exception:
+    except Exception:  # of its own code
         return False
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return False
@@ -186,15 +187,18 @@ def _computes_with(norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
     return bool(((found.double() - expected).abs() <= tolerance).all())
 
 
+def twin(module: Module) -> Module:
+    """Another module that holds the same: what is put into its parameters, buffers, modules or hooks is its own."""
+    new = copy.copy(module)
+    new.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
+    return new
+
+
 def _copy(module: nn.Module) -> Any:
     """With tensors and modules of its own, and all else shared: not everything in a module can be copied."""
-    new = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, dict):
-            held = new.__dict__[name] = value.copy()
-            held |= {key: _own(item) for key, item in held.items()}
-        else:
-            new.__dict__[name] = _own(value)
+    new = twin(module)
+    for held in (vars(new), *(value for value in vars(new).values() if isinstance(value, dict))):
+        held.update({name: _own(value) for name, value in held.items()})
     return new
 
 

@@ -41,12 +41,13 @@ def fetch(*norms: nn.Module | None) -> Callable[[], None]:
     return put_back
 
 
-def watched(norm: nn.Module | None) -> bool:
-    if norm is None:
+def watched(module: nn.Module | None) -> bool:
+    """Whether somebody waits for a module's forward; hooks that make or bring its weights do not."""
+    if module is None:
         return False
-    before = [hook for hook in norm._forward_pre_hooks.values() if not isinstance(hook, MAKERS)]
-    hooks = before or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return bool(hooks) or (has_other_forward(norm) and "_hf_hook" not in norm.__dict__)
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, MAKERS)]
+    hooks = before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or (has_other_forward(module) and "_hf_hook" not in module.__dict__)
 
 
 def has_other_forward(module: nn.Module) -> bool:
