@@ -272,16 +272,14 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     # Exceptions below are kernels that spill otherwise (`python -m bench compiled`), most of them on sm_8x, where the
     # assembler keeps registers back for more programs at a time.
     if kernel == "weight_gradient":
-        if sm_8x and one and block_n == 128 and (sm_86 or reduction > 1024):
-            stages = 2
+        stages = 2 if sm_8x and one and block_n == 128 and (sm_86 or reduction > 1024) else stages
         # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
         many = block_n == 128 and not one and ((sm_8x and block_k == 16) or (sm_9x and block_k == 64))
         return LaunchConfig(32 if float32 else 64, block_n, block_k, 8 if many else 4, stages)
     block_p = 128 if block_n <= 32 or (block_n <= 64 and sm_9x and kernel == "convolution") else 64
     # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
-    many = (
-        block_n * element_size > 128 and not sm_9x and not (sm_10x and block_n == 128 and float32 and kernel != "pull")
-    )
+    many = block_n * element_size > 128 and not sm_9x
+    many = many and not (sm_10x and block_n == 128 and float32 and kernel != "pull")
     if kernel == "convolution":
         narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
         if (sm_8x and narrow) or (sm_12x and block_n == 16 and not one and float32):
