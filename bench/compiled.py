@@ -1,7 +1,7 @@
 """`python -m bench compiled`: every kernel of every model, compiled for every architecture and dtype, and what spills.
 
 Into bench/results/compiled.json, from which docs/performance.md takes its table. No GPU is needed, but two hours of two
-cores: each finished pair of architecture and dtype is kept, and counts as long as the kernels are what they were. When
+cores: each finished pair of architecture and dtype is kept, and counts as long as what it launches is what it was. When
 `tools/ahead.py` reads what was compiled in another way, `--fresh`.
 """
 
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import seqconv_triton as sct
+from bench.launched import described, fingerprint
 from bench.report import say
-from bench.results import FOLDER, Row, kernels_code, provenance, read_json, write_json
+from bench.results import FOLDER, Row, provenance, read_json, write_json
 from seqconv_triton.kernels.configs import TWO_STAGES
 from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES
 
@@ -63,7 +64,7 @@ def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
         model = sct.create_model(name, device="meta")
         for item in launches(model, model.image_size, BATCH, DTYPES[dtype], architecture):
             found.setdefault(item, name)
-    code = kernels_code(source["triton"], sorted(f"{item.name} {item.signature} {describe(item)}" for item in found))
+    code = fingerprint(map(described, found))
     if before is not None and before["code"] == code:
         return before
     faults, instructions, largest, narrow = [], Counter[str](), 0, 0

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +52,6 @@ def revision() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def kernels_code(*choices: object) -> str:
-    """A fingerprint of the kernels, of what launches them, and of choices: configurations, cases."""
-    digest = hashlib.sha256(_kernel_sources())
-    digest.update(repr(choices).encode())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _kernel_sources() -> bytes:
-    """Without the files that choose configurations, so that a rule for one GPU outdates nothing about another."""
-    root = Path(sct.__file__).parent
-    choosing = {root / "kernels" / f"{name}.py" for name in ("configs", "candidates", "tables")}
-    files = sorted([*(root / "kernels").glob("*.py"), *(root / "backend" / "triton").glob("*.py"), root / "plan.py"])
-    return b"".join(file.read_bytes() for file in files if file not in choosing)
 
 
 def version(package: str) -> str:

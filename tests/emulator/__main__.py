@@ -3,8 +3,7 @@
 PYTHONPATH=tests python -m emulator [--jobs 2] [--seeds 4] [--only TEXT] [--skip configurations …] [--minutes 60] …
 
 Hours on two cores, so that every finished task is kept (docs/results/emulation-rows.jsonl.gz): a run goes on where the
-last one ended. A row counts as long as the kernels, what launches them, the cases and their configurations are what
-they were.
+last one ended. A row counts as long as its case and what it launches are what they were: code, configurations, values.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from bench.results import kernels_code
 from emulator.build import compiler
 from emulator.results import RESULTS, Results
 from emulator.work import PARTS, Row, Task, all_tasks, execute
@@ -67,30 +64,19 @@ def main() -> int:
     return int(bool(results.complaints))
 
 
-@cache
-def cases() -> str:
-    return (Path(__file__).parent / "cases.py").read_text("utf-8")
-
-
-def code(task: Task) -> str:
-    """A fingerprint of what a row is about."""
-    return kernels_code(cases(), task.choices)
-
-
 def finished(file: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Row]]:
     """Names and rows of a file; complaints are to be seen again, so their tasks are not finished."""
     if file.exists():
-        codes = {name: code(task) for name, task in tasks.items()}
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 fingerprint, name, fields = json.loads(line)
-                if fingerprint == codes.get(name) and not fields["complaints"]:
+                if name in tasks and fingerprint == tasks[name].code and not fields["complaints"]:
                     yield name, Row(Counter(fields.pop("counts")), Counter(fields.pop("findings")), **fields)
 
 
 def keep(file: Path, task: Task, row: Row) -> None:
     with gzip.open(file, "at", encoding="utf-8") as lines:
-        lines.write(json.dumps([code(task), task.name, vars(row)]) + "\n")
+        lines.write(json.dumps([task.code, task.name, vars(row)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,17 +44,23 @@ class Outcome:
 
 
 @contextmanager
-def emulated(case: Case, architecture: str, seed: int, tables: Sequence[Table] = ()) -> Iterator[Emulator]:
-    """Triton's backend on the emulator, configured by the heuristic but for what is in `tables`."""
+def configured(case: Case, architecture: str, tables: Sequence[Table]) -> Iterator[None]:
+    """Triton's backend with the tiles of a case for an architecture, where the case has none with those of `tables`."""
     with ExitStack() as stack:
-        gpu = stack.enter_context(Emulator(architecture, seed))
         stack.enter_context(assume(architecture))
         stack.enter_context(use_tables(*tables))
         if case.tiles is not None:
             for family in TWO_STAGES:
                 stack.enter_context(pin(family, case.tiles, case.tiles))
         stack.enter_context(sct.use_backend("triton"))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        yield
+
+
+@contextmanager
+def emulated(case: Case, architecture: str, seed: int, tables: Sequence[Table] = ()) -> Iterator[Emulator]:
+    """Triton's backend on the emulator, configured by the heuristic but for what is in `tables`."""
+    configuration = configured(case, architecture, tables)
+    with Emulator(architecture, seed) as gpu, configuration, pytest.MonkeyPatch.context() as patch:
         replayable = replay.replayable
 
         def hear(tensors: list[Tensor]) -> bool:

@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from helpers import everything
 
-import seqconv_triton as sct
+from bench.launched import described
 from emulator.cases import DTYPES, Case
-from emulator.check import allowed_on_a_cpu, cast, float32_products
+from emulator.check import allowed_on_a_cpu, cast, configured, float32_products
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import MOST, candidates
-from seqconv_triton.kernels.configs import Key, LaunchConfig, assume, hear_keys, use_tables
+from seqconv_triton.kernels.configs import Key, LaunchConfig, hear_keys
+from seqconv_triton.tools.ahead import describe
 
 Choices = dict[Key, LaunchConfig]
 
 
-def keys_of(case: Case, dtype: str, architecture: str) -> list[Key]:
-    """What a case asks configurations for, forward and backward; nothing is compiled for it."""
-    return listed(case, dtype, architecture)[0]
+@dataclass(frozen=True)
+class Listed:
+    """What a case would launch, forward and backward: keys of configurations, names of kernels, launches in words."""
+
+    keys: tuple[Key, ...]
+    kernels: frozenset[str]
+    texts: frozenset[str]
+
+
+def listed(case: Case, dtype: str, architecture: str, choices: Choices | None = None) -> Listed:
+    """What a case would launch, configured by `choices` before the heuristic; nothing is compiled."""
+    return _listed(case, dtype, architecture, tuple((choices or {}).items()))
 
 
 @cache
-def listed(case: Case, dtype: str, architecture: str) -> tuple[list[Key], set[str]]:
-    """The keys of configurations and the names of the kernels of what a case would launch."""
+def _listed(case: Case, dtype: str, architecture: str, choices: tuple[tuple[Key, LaunchConfig], ...]) -> Listed:
     found: dict[Key, None] = {}
     kernels: set[str] = set()
+    texts: set[str] = set()
 
-    def note(kernel: Any, *_: Any) -> None:
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         kernels.add(kernel.__name__)
+        texts.add(f"{grid} {described(describe(kernel, arguments))}")
 
     for training in (True, False):
         module, x = cast(case.build(training), DTYPES[dtype]), case.input(DTYPES[dtype])
         with (
-            allowed_on_a_cpu(), float32_products("tf32" if dtype == "tf32" else "ieee"), assume(architecture),
-            use_tables(), launch.listen(note), hear_keys() as keys, sct.use_backend("triton"),
+            allowed_on_a_cpu(), float32_products("tf32" if dtype == "tf32" else "ieee"),
+            configured(case, architecture, (dict(choices),)), launch.listen(note), hear_keys() as keys,
         ):  # fmt: skip
             everything(module, x, case.run)
         found |= dict.fromkeys(keys)
-    return list(found), kernels
+    return Listed(tuple(found), frozenset(kernels), frozenset(texts))
 
 
 def turns(cases: Iterable[Case], dtype: str, architecture: str) -> Iterator[tuple[Case, Choices]]:
@@ -49,7 +61,7 @@ def turns(cases: Iterable[Case], dtype: str, architecture: str) -> Iterator[tupl
     for case in cases:
         if case.tiles is not None:  # what is pinned comes before any table
             continue
-        choices = {key: candidates(key, architecture) for key in keys_of(case, dtype, architecture)}
+        choices = {key: candidates(key, architecture) for key in listed(case, dtype, architecture).keys}
         for number in range(1, MOST):
             table = {key: own[number] for key, own in choices.items() if number < len(own)}
             table = {key: config for key, config in table.items() if (key, config) not in done}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,14 +21,14 @@ from typing import Any
 import torch
 
 import seqconv_triton as sct
+from bench.launched import fingerprint
 from emulator.cases import ARCHITECTURES, CASES, DTYPES
 from emulator.check import check, float32_products
-from emulator.configurations import Choices, keys_of, turns
+from emulator.configurations import Choices, listed, turns
 from emulator.driver import ptx_alone
 from emulator.mutations import record, shares
 from emulator.ptx import parse
 from emulator.reading import products_from_registers, read
-from seqconv_triton.kernels import candidates as candidates_module
 from seqconv_triton.kernels import configs
 from seqconv_triton.kernels.candidates import MOST, candidates
 from seqconv_triton.kernels.configs import hear_keys
@@ -35,6 +36,7 @@ from seqconv_triton.tools import ahead
 
 TESTS = Path(__file__).parent.parent
 PARTS = ("cases", "configurations", "alone", "mutations", "wgmma")
+ALONE = ("test_kernels.py", "test_kernels_backward.py")
 MUTATED = ("basic-k8-many-tiles", "k8-s2-many-readers", "stage-k8-many-tiles")
 MODELS = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
 SEEDS_OF_MUTATIONS = (1, 2, 3, 4, 5)
@@ -65,14 +67,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """`choices` are the configurations, or the text of the files that choose them."""
+    """`code` is a fingerprint: a row of this task counts as long as it stays the same."""
 
     part: str
     architecture: str
     dtype: str
     case: str
     work: Callable[[], Row]
-    choices: object
+    code: str
 
     @property
     def name(self) -> str:
@@ -81,35 +83,46 @@ class Task:
 
 def all_tasks(seeds: int) -> list[Task]:
     tasks = []
-    rules = [Path(module.__file__ or "").read_text("utf-8") for module in (configs, candidates_module)]
+    kernels = texts(sorted(Path(configs.__file__).parent.glob("*.py")))
+    alone = texts([TESTS / name for name in (*ALONE, "kernel_operands.py")])
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
             place = architecture, dtype
             for case in CASES:
                 work = partial(run_case, case, *place, range(seeds))
-                tasks.append(Task("cases", *place, case, work, chosen(case, *place)))
+                tasks.append(Task("cases", *place, case, work, code(case, *place, {}, seeds)))
         # float16 and bfloat16 have the same configurations: they take turns.
         for dtypes in (("fp16", "bf16"), ("tf32",)):
             for number, (case, choices) in enumerate(turns(CASES.values(), dtypes[0], architecture)):
                 place = architecture, dtypes[number % len(dtypes)]
-                work = partial(run_case, case.name, *place, (0, 1 + number % 8), choices, only_training=True)
-                configured = chosen(case.name, *place) | choices
-                tasks.append(Task("configurations", *place, f"{case.name} {number}", work, configured))
+                turn = (0, 1 + number % 8)
+                work = partial(run_case, case.name, *place, turn, choices, only_training=True)
+                fingerprint_ = code(case.name, *place, choices, turn)
+                tasks.append(Task("configurations", *place, f"{case.name} {number}", work, fingerprint_))
         for seed in range(1, 1 + seeds):
             work = partial(run_alone, architecture, seed)
-            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, rules))
+            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, fingerprint(kernels + alone)))
         for case in MUTATED:
             work = partial(run_mutations, case, architecture)
-            tasks.append(Task("mutations", architecture, "fp16", case, work, chosen(case, architecture, "fp16")))
+            place = architecture, "fp16"
+            tasks.append(Task("mutations", *place, case, work, code(case, *place, {}, SEEDS_OF_MUTATIONS)))
     for model in MODELS:
         for dtype in DTYPES:
-            tasks.append(Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype), rules))
+            tasks.append(
+                Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype), fingerprint(kernels))
+            )
     return tasks
 
 
-def chosen(case: str, architecture: str, dtype: str) -> Choices:
-    """What the heuristic chooses for a case."""
-    return {key: configs.heuristic(key, architecture) for key in keys_of(CASES[case], dtype, architecture)}
+def code(case: str, architecture: str, dtype: str, choices: Choices, seeds: object) -> str:
+    """The fingerprint of a case: what it launches, and on which values."""
+    found = CASES[case]
+    fields = [repr(getattr(found, field.name)) for field in dataclasses.fields(found)]
+    return fingerprint(listed(found, dtype, architecture, choices).texts, fields, seeds)
+
+
+def texts(files: Iterable[Path]) -> list[str]:
+    return [file.read_text("utf-8") for file in files]
 
 
 def execute(tasks: Sequence[Task], jobs: int, deadline: float) -> Iterator[tuple[Task, Row]]:
@@ -167,7 +180,7 @@ def run_alone(architecture: str, seed: int) -> Row:
             [
                 sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "emulator.alone",
                 "--emulate", architecture, "--seed", str(seed), "--record", str(lines),
-                str(TESTS / "test_kernels.py"), str(TESTS / "test_kernels_backward.py"),
+                *(str(TESTS / name) for name in ALONE),
             ],
             env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,
         )  # fmt: skip
