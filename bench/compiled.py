@@ -21,8 +21,8 @@ import seqconv_triton as sct
 from bench.launched import described, fingerprint
 from bench.report import say
 from bench.results import FOLDER, Row, provenance, read_json, write_json
-from seqconv_triton.kernels.configs import TWO_STAGES
-from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES
+from seqconv_triton.kernels.heuristic import TWO_STAGES
+from seqconv_triton.tools.arguments import ARCHITECTURES, DTYPES
 
 if TYPE_CHECKING:
     from seqconv_triton.tools.ahead import Launch

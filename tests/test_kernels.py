@@ -32,6 +32,7 @@ from seqconv_triton.backend.triton.parts import in_blocks, mirrored, packed, tap
 from seqconv_triton.kernels import configs, launch
 from seqconv_triton.kernels.convolution import Newest, convolution
 from seqconv_triton.kernels.elementwise import activate, norm_gradient
+from seqconv_triton.kernels.heuristic import packing_factor
 from seqconv_triton.kernels.launch import ConvShape, Scratch, Windows
 from seqconv_triton.kernels.pixels import pixel_table
 from seqconv_triton.kernels.pull import pull
@@ -213,4 +214,4 @@ def test_pinning_refuses_what_is_no_tile() -> None:
 )  # fmt: skip
 def test_packing(groups: int, group_in: int, group_out: int, expected: int) -> None:
     """Full tiles of 64 where groups divide so, else whole power-of-two groups, else one group of all channels."""
-    assert configs.packing_factor(groups, group_in, group_out) == expected
+    assert packing_factor(groups, group_in, group_out) == expected

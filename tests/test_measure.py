@@ -13,9 +13,10 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import seqconv_triton as sct
-from seqconv_triton.kernels import configs, launch
+from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import candidates
-from seqconv_triton.kernels.configs import Key, LaunchConfig, config_for, heuristic
+from seqconv_triton.kernels.configs import config_for
+from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig, heuristic
 from seqconv_triton.plan import Plan, Tail
 from seqconv_triton.tools import measure, tune
 from seqconv_triton.tools.measure import Call, Outcome, Work
@@ -49,7 +50,7 @@ def test_every_candidate_of_a_stage_is_right_and_the_fastest_chosen(monkeypatch:
     outcomes: list[Outcome] = []
     measure.measure_stage(works, torch.float32, CPU, timer_of_stages, math.inf, outcomes.append)
     assert {outcome.key for outcome in outcomes} == {work.key for work in works}
-    assert {outcome.key.kernel for outcome in outcomes} == set(configs.TWO_STAGES)
+    assert {outcome.key.kernel for outcome in outcomes} == set(TWO_STAGES)
     for outcome in outcomes:
         assert (outcome.wrong, outcome.rejected) == ("", {}), outcome.key
         if len(tiles[outcome.key]) > 1:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import seqconv_triton as sct
 from seqconv_triton.cli import main
+from seqconv_triton.tools.arguments import images_of
 from seqconv_triton.tools.info import kept_for_backward, summarize
-from seqconv_triton.tools.kernels import images_of
 
 # parameters (exact), multiply-adds in G at the paper's image size, the paper's GFLOPs
 FIGURES = {

@@ -16,7 +16,8 @@ import torch
 
 from seqconv_triton import cli
 from seqconv_triton.kernels import configs, tables
-from seqconv_triton.kernels.configs import Key, LaunchConfig, config_for
+from seqconv_triton.kernels.configs import config_for
+from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig
 
 GPU, ARCH = "Test GPU 80GB", "sm_90:Test GPU 80GB"
 KEY = Key("convolution", 512, 64, 2, 1)
@@ -77,7 +78,7 @@ def test_nothing_is_read_before_a_gpu_asks(stored: tuple[Path, Path]) -> None:
         looked_up()
 
 
-@pytest.mark.parametrize("family", configs.TWO_STAGES)
+@pytest.mark.parametrize("family", TWO_STAGES)
 def test_smallest_tile_follows_the_table_in_use(family: str) -> None:
     with configs.use_tables({Key(family, 64, 64, 2, 1): LaunchConfig(16, 64, 64, 4, 2)}):
         assert configs.smallest_tile("sm_90") == (16 if family in configs.WITH_SUMS else 64)

@@ -166,9 +166,11 @@ def kernels() -> Any:
 
 
 def test_kernel_switches_in_one_thread(kernels: Any) -> None:
+    from seqconv_triton.kernels.heuristic import Key, LaunchConfig
+
     configs, _ = kernels
-    key = configs.Key("convolution", 64, 64, 2, 1)
-    measured = {key: configs.LaunchConfig(16, 64, 16, 8, 3)}
+    key = Key("convolution", 64, 64, 2, 1)
+    measured = {key: LaunchConfig(16, 64, 16, 8, 3)}
     plain = configs.config_for(*key[:4], taps=1)
     cpu = torch.device("cpu")
 

@@ -23,7 +23,8 @@ import seqconv_triton as sct
 from seqconv_triton import cli
 from seqconv_triton.kernels import configs, launch, tables
 from seqconv_triton.kernels.candidates import candidates, fits
-from seqconv_triton.kernels.configs import Key, LaunchConfig, config_for, heuristic
+from seqconv_triton.kernels.configs import config_for
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig, heuristic
 from seqconv_triton.tools import measure, tune
 from seqconv_triton.tools.ahead import stage_inputs, stage_passes
 from seqconv_triton.tools.measure import Outcome
@@ -245,7 +246,7 @@ COMPILE = """
 import time, torch, triton
 from types import SimpleNamespace
 import seqconv_triton as sct
-from seqconv_triton.kernels.configs import Key
+from seqconv_triton.kernels.heuristic import Key
 from seqconv_triton.tools import ahead, tune
 
 triton.runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: ahead.TARGETS["sm_90"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seqconv_triton.kernels.configs import Key, LaunchConfig, heuristic, is_tile, next_power_of_2
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig, heuristic, is_tile, next_power_of_2
 
 MOST = 8
 REGISTERS = 64  # of a thread, for the float32 accumulator: twice the heuristic's

@@ -18,39 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig, heuristic, is_tile
 from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
-# Kernel families, those that multiply matrices, and the architectures where a third stage of loads in flight spills.
-TWO_STAGES = {
-    "convolution": ("gfx", "sm_8", "sm_12"),
-    "transposed": ("gfx", "sm_8", "sm_12"),
-    "pull": ("gfx", "sm_8", "sm_12"),
-    "weight_gradient": ("gfx", "sm_10", "sm_12"),
-}
 WITH_SUMS = ("convolution", "transposed", "pull")  # families whose tiles of pixels leave sums in `launch.Scratch`
-
-
-class LaunchConfig(NamedTuple):
-    """Tile sizes (pixels, output channels, reduction) and what the compiler is told."""
-
-    block_p: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-class Key(NamedTuple):
-    """What a configuration depends on, beside the GPU; never on the batch or the size of the images.
-
-    `reduction` is the length of one tap's, `block_n` the tile of output channels, `element_size` in bytes.
-    """
-
-    kernel: str
-    reduction: int
-    block_n: int
-    element_size: int
-    taps: int
 
 
 Table = Mapping[Key, LaunchConfig]
@@ -149,40 +120,6 @@ def _smallest_tile(arch: str, pins: object) -> int:
     return min([64, *stored, *pinned])  # the heuristic's have 64 at least
 
 
-def is_tile(size: int) -> bool:
-    """Whether a matrix instruction can take a tile of this size: a power of two from 16 on."""
-    return size >= 16 and size & (size - 1) == 0
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def channel_tile(channels: int, group: int, most: int = 128) -> int:
-    """Output channels of one tile, at least the 16 that a matrix instruction takes.
-
-    `channels` are all the conv's, `group` those of one conv group (as `packing_factor` packs them): a tile is a part of
-    one, or has them all.
-    """
-    if group == channels or group % 16:
-        return max(16, min(most if group == channels else channels, next_power_of_2(channels)))
-    return min(most, group)
-
-
-def packing_factor(groups: int, group_in: int, group_out: int) -> int:
-    """How many neighbouring conv groups are laid out as one block-diagonal group: up to 64 channels, or all.
-
-    Sides of a packed group are powers of two from 16 on, so that tiles hold whole groups, unless it is the only one.
-    """
-
-    def fits(factor: int) -> bool:
-        return all(is_tile(factor * side) for side in (group_in, group_out))
-
-    factors = [f for f in range(1, groups + 1) if groups % f == 0 and (fits(f) or f == groups)]
-    full = [f for f in factors if f * max(group_in, group_out) <= 64]
-    return max(full) if full else min(factors)
-
-
 def architecture(device: torch.device) -> str:
     """Of a device: sm_90, gfx942 and the like; of a GPU with its name behind a colon, by which tables are stored."""
     return _architecture(device) if device.type == "cuda" else _switches.get().arch
@@ -255,46 +192,3 @@ def config_for(
     if chosen is None:
         chosen = next((table[key] for table in _tables(arch) if key in table), None) or heuristic(key, arch)
     return chosen._replace(block_n=block_n)
-
-
-@lru_cache(maxsize=1024)
-def heuristic(key: Key, arch: str) -> LaunchConfig:
-    """A good configuration that was not measured.
-
-    Tiles of pixels shrink as tiles of channels grow, so that the float32 accumulator stays at 64 registers a thread.
-    """
-    kernel, reduction, block_n, element_size, taps = key
-    one, float32 = taps == 1, element_size > 2
-    sm_8x, sm_9x, sm_10x, sm_12x = (arch.startswith(f"sm_{generation}") for generation in (8, 9, 10, 12))
-    sm_86 = arch.startswith(("sm_86", "sm_89"))
-    stages = 2 if arch.startswith(TWO_STAGES[kernel]) else 3
-    block_k = max(16, min(32 if float32 or sm_8x or sm_12x else 64, next_power_of_2(reduction)))
-    # Exceptions below are kernels that spill otherwise (`python -m bench compiled`), most of them on sm_8x, where the
-    # assembler keeps registers back for more programs at a time.
-    if kernel == "weight_gradient":
-        stages = 2 if sm_8x and one and block_n == 128 and (sm_86 or reduction > 1024) else stages
-        # Nine taps: four warps spill, on sm_8x with narrow steps and on Hopper with wide ones.
-        many = block_n == 128 and not one and ((sm_8x and block_k == 16) or (sm_9x and block_k == 64))
-        return LaunchConfig(32 if float32 else 64, block_n, block_k, 8 if many else 4, stages)
-    block_p = 128 if block_n <= 32 or (block_n <= 64 and sm_9x and kernel == "convolution") else 64
-    # Hopper multiplies by whole warpgroups, whose operands stay in shared memory: elsewhere they need registers.
-    many = block_n * element_size > 128 and not sm_9x
-    many = many and not (sm_10x and block_n == 128 and float32 and kernel != "pull")
-    if kernel == "convolution":
-        narrow = block_n == 16 and (one if sm_86 else not one and reduction == 16)
-        if (sm_8x and narrow) or (sm_12x and block_n == 16 and not one and float32):
-            stages = 3
-        if block_n == 64 and ((sm_8x and not one) or (sm_12x and one and not float32)):
-            stages = 3
-        if sm_10x and block_n == 16 and one:
-            block_k = min(block_k, 32)
-        elif sm_10x and block_n == 16 and float32:
-            stages = 2
-    elif kernel == "transposed":
-        many = many and not (sm_8x and not sm_86 and block_n == 128 and not one and not float32)
-        stages = 3 if sm_86 and block_n == 32 and not one and float32 else stages
-    elif kernel == "pull":
-        many = many and not (sm_8x and block_n == 128 and not float32) and not (sm_86 and reduction == 16)
-        many = many or (sm_12x and block_n == 64)
-        stages = 3 if sm_86 and block_n == 16 and not one and float32 else stages
-    return LaunchConfig(block_p, block_n, block_k, 8 if many else 4, stages)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import next_power_of_2
+from seqconv_triton.kernels.heuristic import next_power_of_2
 from seqconv_triton.kernels.launch import BatchNorm, alignment, cdiv, row_stride, run, wide
 from seqconv_triton.kernels.tiles import affine, aligned, rectified
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, pinned
+from seqconv_triton.kernels.configs import architecture, config_for, pinned
+from seqconv_triton.kernels.heuristic import channel_tile
 from seqconv_triton.kernels.launch import (
     FAN,
     BatchNorm,

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqconv_triton.kernels.configs import architecture, channel_tile, config_for, next_power_of_2, packing_factor
+from seqconv_triton.kernels.configs import architecture, config_for
+from seqconv_triton.kernels.heuristic import channel_tile, next_power_of_2, packing_factor
 from seqconv_triton.kernels.launch import (
     BatchNorm,
     ConvShape,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
 from seqconv_triton.tools import peers
+from seqconv_triton.tools.arguments import DTYPES, add_model, images_of
 from seqconv_triton.tools.ceilings import GPUS, Gpu
-from seqconv_triton.tools.kernels import DTYPES, images_of
 
 if TYPE_CHECKING:
     from seqconv_triton.tools.cost import Work
@@ -33,12 +33,8 @@ is two passes over three tensors each, a conv's backward two convs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="seqresnet_b42", help="a model's name (default: seqresnet_b42)")
-    parser.add_argument("--arch", choices=GPUS, default="sm_90", help="GPU architecture (default: sm_90)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features; float32 as TF32")
+    add_model(parser, batch=256, architectures=GPUS)
     parser.add_argument("--mode", choices=("eval", "train", "both"), default="both", help="(default: both)")
-    parser.add_argument("--batch", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.registry import create_model, list_models
 from seqconv_triton.nn.layers import PackedSeqConv
 from seqconv_triton.plan import Plan
+from seqconv_triton.tools.arguments import add_image_size
 
 
 @dataclass
@@ -191,7 +192,7 @@ def render(summary: Summary, windows: bool = False) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a model's name; without one, a line for every model")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
+    add_image_size(parser)
     parser.add_argument("--windows", action="store_true", help="also draw the windows of every stage")
 
 

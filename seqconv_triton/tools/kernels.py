@@ -5,35 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-
-from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from seqconv_triton.tools.arguments import DTYPES, add_model, images_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="seqresnet_b42", help="a model's name (default: seqresnet_b42)")
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="GPU architecture (default: sm_90)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
+    add_model(parser, batch=32)  # only its divisibility by 16 matters
     parser.add_argument("--tuned", metavar="GPU", help='with the table that ships for a GPU, such as "NVIDIA H200"')
-    parser.add_argument("--batch", type=int, default=32, help="images; only their divisibility by 16 matters")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the paper's, 224 or 32)")
-
-
-def images_of(arguments: argparse.Namespace, model: Backbone) -> tuple[int, int, int, int]:
-    """[N, 3, H, W] as --batch and --image-size say; without the latter, the side of the paper's images.
-
-    Raises ValueError where one of them is below 1.
-    """
-    size = model.image_size if arguments.image_size is None else arguments.image_size
-    for option, given in {"--batch": arguments.batch, "--image-size": size}.items():
-        if given < 1:
-            raise ValueError(f"{option} ({given}) must be at least 1")
-    return arguments.batch, 3, size, size
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend import use_backend
 from seqconv_triton.kernels.candidates import candidates
-from seqconv_triton.kernels.configs import Key, LaunchConfig, architecture, hear_keys, use_tables
+from seqconv_triton.kernels.configs import architecture, hear_keys, use_tables
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig
 from seqconv_triton.kernels.launch import Scratch, listen, record
 from seqconv_triton.nn.layers import PackedSeqConv
 

@@ -18,10 +18,11 @@ import torch
 import seqconv_triton as sct
 from seqconv_triton.kernels import tables
 from seqconv_triton.kernels.candidates import candidates
-from seqconv_triton.kernels.configs import Key, LaunchConfig, architecture, assume, reload_tables, use_tables
+from seqconv_triton.kernels.configs import architecture, assume, reload_tables, use_tables
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig
 from seqconv_triton.models.registry import create_model
 from seqconv_triton.optional import require
-from seqconv_triton.tools.kernels import ARCHITECTURES, DTYPES, images_of
+from seqconv_triton.tools.arguments import DTYPES, add_model, images_of
 
 if TYPE_CHECKING:
     from seqconv_triton.nn.layers import PackedSeqConv
@@ -31,14 +32,10 @@ COMPILING = 0.7  # share of the time that compiling may take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="seqresnet_b42", help="a model's name (default: seqresnet_b42)")
+    add_model(parser, batch=64, arch="for --dry-run ")
     parser.add_argument("--gpu", type=int, nargs="?", const=0, default=0, help="index of the GPU (default: 0)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
-    parser.add_argument("--batch", type=int, default=64, help="images to measure with (default: 64)")
-    parser.add_argument("--image-size", type=int, help="pixels to measure with (default: the paper's, 224 or 32)")
     parser.add_argument("--seconds", type=float, default=120.0, help="keys left after that stay (default: 120)")
     parser.add_argument("--dry-run", action="store_true", help="list keys and candidates, measure nothing; no GPU")
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="for --dry-run (default: sm_90)")
     parser.add_argument("--export", action="store_true", help="print the GPU's table as JSON, measure nothing")
 
 

@@ -23,7 +23,8 @@ from emulator.cases import DTYPES, Case
 from emulator.driver import Emulator
 from seqconv_triton.backend.triton import parts as backend
 from seqconv_triton.kernels import replay
-from seqconv_triton.kernels.configs import TWO_STAGES, Table, assume, pin, use_tables
+from seqconv_triton.kernels.configs import Table, assume, pin, use_tables
+from seqconv_triton.kernels.heuristic import TWO_STAGES
 
 # Relative RMS. TF32 truncates its operands, which alone costs a plain product 7.7e-4.
 OUTPUT_LIMIT = {"fp16": 2e-3, "bf16": 1.6e-2, "tf32": 4e-3}

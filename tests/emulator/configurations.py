@@ -14,7 +14,8 @@ from emulator.cases import DTYPES, Case
 from emulator.check import allowed_on_a_cpu, cast, configured, float32_products
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import MOST, candidates
-from seqconv_triton.kernels.configs import Key, LaunchConfig, hear_keys
+from seqconv_triton.kernels.configs import hear_keys
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig
 from seqconv_triton.tools.ahead import describe
 
 Choices = dict[Key, LaunchConfig]

@@ -10,7 +10,7 @@ from torch import Tensor
 from seqconv_triton.backend.contract import Norms, NormVectors, StageArguments, empty_channels_last
 from seqconv_triton.backend.packing import window_weights
 from seqconv_triton.backend.ranks import AcrossRanks
-from seqconv_triton.kernels.configs import packing_factor
+from seqconv_triton.kernels.heuristic import packing_factor
 from seqconv_triton.kernels.launch import INTERPRETED, BatchNorm, ConvShape, NormGradient, Windows, alignment
 from seqconv_triton.plan import Plan
 from seqconv_triton.plan_text import decode, encode
