@@ -70,6 +70,9 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
                 f"{name}: a {type(part).__name__} that would be gone has hooks, or a forward put in the place of its "
                 "own; fuse first, hook afterwards"
             )
+    for name, module in model.named_modules():
+        if any(isinstance(value, Tensor) and not value.is_leaf for value in vars(module).values()):
+            refuse_computed(name or type(module).__name__, module, "be copied")
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, PackedSeqConv):
