@@ -156,7 +156,7 @@ def test_computed_weights_are_refused() -> None:
     users_own = parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
     assert sct.fuse(nn.Sequential(users_own, sct.SeqConv2d(3, 4, 4)))[1].training is False
     prune.l1_unstructured(model.classifier, "weight", 0.5)  # such a weight cannot be copied, whoever's it is
-    with pytest.raises(ValueError, match="classifier: weight is computed .* cannot be copied"):
+    with pytest.raises(ValueError, match=r"classifier: weight is computed .* cannot be copied"):
         sct.fuse(model)
 
 

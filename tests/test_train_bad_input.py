@@ -88,11 +88,11 @@ ROWS = {
     "accumulates-too-much": ([*TINY, "--accumulate=21"], 2, r"accumulate \(21\)"),
     "too-many-images": ([*TINY, "--train-images=5000"], 2, r"train_images \(5000\)"),
     "image-size-of-digits": ([*TINY, "--image-size=32"], 2, "image_size is for imagefolder"),
-    "output-is-a-file": ([*TINY, "--output={0}/a-file"], 2, "a-file"),
+    "output-is-a-file": ([*TINY, "--output={0}/a-file"], 2, r"output \(.*a-file\) is a file, not a folder"),
     "output-holds-a-run": ([*TINY, "--output={0}/run"], 2, "holds a run already.*--resume"),
     "resume-other-settings": (
         [*TINY, "--output={0}/run", "--resume", "--learning-rate=0.3"],
-        2, "other settings: epochs: 1 → 2; learning_rate: 0.1 → 0.3; train_images: 20 → 100",
+        2, "other settings: epochs: 1 → 2; learning_rate: 0.1 → 0.3; train_images: 20 → 100.*another --output",
     ),
     "resume-half-written": ([*TINY, "--output={0}/half-run", "--resume"], 2, "damaged or was only half written"),
     "resume-empty": ([*TINY, "--output={0}/empty-run", "--resume"], 2, r"is empty \(0 bytes\)"),

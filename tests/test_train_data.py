@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import tiny
+from runs import OPTIONS, tiny
 from torch import Tensor
 
 import seqconv_triton as sct
@@ -111,6 +111,8 @@ def test_differences_name_settings() -> None:
     before = tiny(Path("a")).binding()
     assert differences(before, tiny(Path("b"), workers=3, compile=True).binding()) == []
     assert differences(before, tiny(Path("a"), ema=0.9, seed=1).binding()) == ["ema: 0.0 → 0.9", "seed: 0 → 1"]
+    wider = tiny(Path("a"), model_options={**OPTIONS, "widen": 3}).binding()
+    assert differences(before, wider) == [f"widen: {OPTIONS['widen']} → 3"]
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,15 @@ class Config:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name: before → now` for every setting (Config.binding) that is not the same."""
-    return [
-        f"{name}: {before.get(name)} → {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    """`name: before → now` for every setting (Config.binding), and every option of the model, that is not the same."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new)
+        elif old != new:
+            found.append(f"{name}: {old} → {new}")
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

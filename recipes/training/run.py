@@ -70,6 +70,8 @@ def train(config: Config) -> Outcome:
 
 def _last_state(config: Config) -> dict[str, Any] | None:
     """What the run is resumed from. Raises ValueError where there is a run that is not to be resumed, or another."""
+    if config.output.is_file():
+        raise ValueError(f"output ({config.output}) is a file, not a folder")
     last = config.output / "last.pt"
     if not last.exists():
         return None
@@ -77,7 +79,10 @@ def _last_state(config: Config) -> dict[str, Any] | None:
         raise ValueError(f"{config.output} holds a run already: go on with it (--resume), or name another --output")
     state = checkpoint.load(last)
     if changed := differences(state["config"], config.binding()):
-        raise ValueError(f"{last} was trained with other settings: {'; '.join(changed)}")
+        raise ValueError(
+            f"{last} was trained with other settings: {'; '.join(changed)}. Give the former ones to go on, or name "
+            "another --output to begin anew"
+        )
     return state
 
 
