@@ -54,16 +54,30 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
     return int(any(row["faults"] for row in rows.values()))
 
 
-def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
-    """Every distinct kernel that training and evaluation of any model launches there; `before`, if it still holds."""
-    from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
+def launched(architecture: str, dtype: str) -> dict[Launch, str]:
+    """Every distinct kernel that training and evaluation of any model launches there, with the first such model."""
+    from seqconv_triton.tools.ahead import launches
 
-    started, source = time.perf_counter(), provenance(torch.device("cpu"))
     found: dict[Launch, str] = {}
     for name in sct.list_models():
         model = sct.create_model(name, device="meta")
         for item in launches(model, model.image_size, BATCH, DTYPES[dtype], architecture):
             found.setdefault(item, name)
+    return found
+
+
+def holds(row: Row) -> bool:
+    """Whether a row is about the kernels as they are."""
+    code: str = row["code"]
+    return code == fingerprint(map(described, launched(row["architecture"], row["dtype"])))
+
+
+def compile_pair(architecture: str, dtype: str, before: Row | None) -> Row:
+    """A row about `launched`; `before`, if it still holds."""
+    from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch
+
+    started, source = time.perf_counter(), provenance(torch.device("cpu"))
+    found = launched(architecture, dtype)
     code = fingerprint(map(described, found))
     if before is not None and before["code"] == code:
         return before
