@@ -42,7 +42,7 @@ class Collector:
             name, *place = marker.args
             parameters = getattr(getattr(item, "callspec", None), "params", {})
             where = place[0] if place else parameters.get("place", "gpu" if item.get_closest_marker("gpu") else "cpu")
-            test = f"{item.path.name}::{item.originalname}"  # type: ignore[attr-defined]
+            test = f"{item.path.name}::{item.originalname}"
             self.tests[item.nodeid] = name, where, test
             self.cells.setdefault(name, {}).setdefault(where, defaultdict(Counter))
         if not self.libraries:

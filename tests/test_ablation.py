@@ -238,7 +238,7 @@ def test_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("operator torchvision::nms does not exist")
 
     module = types.ModuleType("torchvision.datasets")
-    module.__getattr__ = missing  # type: ignore[method-assign]
+    module.__getattr__ = missing
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
     (tmp_path / "cifar-10-batches-py").mkdir()
@@ -249,7 +249,7 @@ def test_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pyte
 def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalised by the training images' channels; every image is a crop of its padded self, mirrored or not."""
     module = types.ModuleType("torchvision.datasets")
-    module.CIFAR10 = FakeCifar  # type: ignore[attr-defined]
+    module.CIFAR10 = FakeCifar
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:

@@ -21,6 +21,7 @@ from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
 architecture, dtype, part = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 row = next(r for r in results.read_json(compiled.FILE)["rows"] if [r["architecture"], r["dtype"]] == sys.argv[1:3])
 parts = 8 if not row["faults"] and compiled.holds(row) else 2
+print(parts)
 chosen = {}
 models = [("seqresnet_b42", 224), ("seqresnet_b22", 224), ("seqresnext_24", 224)]
 if architecture in ("sm_80", "sm_86"):  # whose narrow tiles have spilled
@@ -80,8 +81,9 @@ def without_interpreter(program: str, *arguments: str) -> str:
 @pytest.mark.parametrize(("architecture", "dtype"), COMPILED)
 def test_kernels_compile(architecture: str, dtype: str) -> None:
     part = COMPILED.index((architecture, dtype))
-    rows = [line.split() for line in without_interpreter(PROGRAM, architecture, dtype, str(part)).splitlines()]
-    assert len(rows) > 3
+    parts, *lines = without_interpreter(PROGRAM, architecture, dtype, str(part)).splitlines()
+    rows = [line.split() for line in lines]
+    assert len(rows) > 30 / int(parts)
     for name, instruction, spills, fits, narrow, *constants in rows:
         if name in ("convolution", "transposed", "pull", "weight_gradient"):
             assert instruction in MATRIX[architecture], (name, instruction)

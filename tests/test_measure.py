@@ -190,7 +190,7 @@ def test_memory_is_afterwards_what_it_was() -> None:
 
 def test_a_heuristic_that_is_wrong_leaves_the_key_alone() -> None:
     for fault, reason in ((lambda x, y, total: y[3].fill_(math.inf), "not finite"), (raises, "RuntimeError")):
-        launcher = Launcher({PROPOSED[0]: fault})  # type: ignore[dict-item]
+        launcher = Launcher({PROPOSED[0]: fault})
         before = launcher.memory.clone()
         outcome = measure.measure(launcher.call, KEY, PROPOSED, launcher.timer({PROPOSED[1]: 0.1}))
         assert outcome.config == PROPOSED[0] and reason in outcome.wrong

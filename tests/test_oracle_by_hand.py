@@ -1,7 +1,7 @@
 """What the oracle computes: layers, blocks and wiring against windows written out by hand, masks, random weights."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import oracle
 import pytest
@@ -205,7 +205,9 @@ def test_network_masks(settings: dict[str, object]) -> None:
 
 
 def test_randomise() -> None:
-    make: Callable[[], CifarNet] = lambda: CifarNet(group_width=8, widen=1)  # noqa: E731
+    def make() -> CifarNet:
+        return CifarNet(group_width=8, widen=1)
+
     first, again, other = randomise(make(), 5), randomise(make().double(), 5), randomise(make(), 6)
     for name, value in first.state_dict().items():
         if value.is_floating_point():

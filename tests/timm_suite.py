@@ -60,7 +60,7 @@ class OurModels:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
-        exact = item.originalname in IN_FLOAT64  # type: ignore[attr-defined]
+        exact = item.originalname in IN_FLOAT64
         torch.set_default_dtype(torch.float64 if exact else torch.float32)
         yield
         torch.set_default_dtype(torch.float32)
@@ -69,7 +69,7 @@ class OurModels:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
         report = (yield).get_result()
         if report.when == "call" or report.outcome != "passed":
-            name = item.originalname  # type: ignore[attr-defined]
+            name = item.originalname
             self.outcomes[name][report.outcome] += 1
             crash = getattr(report.longrepr, "reprcrash", None)
             if crash is not None:

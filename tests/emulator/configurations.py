@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from helpers import everything
+from torch import Tensor
 
 from bench.launched import described
 from emulator.cases import DTYPES, Case
@@ -43,7 +44,8 @@ def _listed(case: Case, dtype: str, architecture: str, choices: tuple[tuple[Key,
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         kernels.add(kernel.__name__)
-        texts.add(f"{grid} {described(describe(kernel, arguments))}")
+        numbers = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+        texts.add(f"{grid} {numbers} {described(describe(kernel, arguments))}")
 
     for training in (True, False):
         module, x = cast(case.build(training), DTYPES[dtype]), case.input(DTYPES[dtype])

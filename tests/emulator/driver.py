@@ -81,7 +81,7 @@ class Emulator:
         build.library()
         self._exit.enter_context(ptx_alone())
         self._exit.callback(registry.set_active, registry._active)
-        registry.set_active(self)  # type: ignore[arg-type]
+        registry.set_active(self)
         return self
 
     def __exit__(self, *_: object) -> None:

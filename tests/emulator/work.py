@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """`code` is a fingerprint: a row of this task counts as long as it stays the same."""
+    """A row of a task counts as long as `code`, a fingerprint, is the same; made when it is asked for."""
 
     part: str
     architecture: str
     dtype: str
     case: str
     work: Callable[[], Row]
-    code: str
+    stamp: Callable[[], str]
+
+    @cached_property
+    def code(self) -> str:
+        return self.stamp()
 
     @property
     def name(self) -> str:
@@ -84,41 +87,40 @@ class Task:
 def all_tasks(seeds: int) -> list[Task]:
     tasks = []
     kernels = texts(sorted(Path(configs.__file__).parent.glob("*.py")))
-    alone = texts([TESTS / name for name in (*ALONE, "kernel_operands.py")])
+    tests = texts([TESTS / name for name in (*ALONE, "kernel_operands.py")])
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
             place = architecture, dtype
             for case in CASES:
                 work = partial(run_case, case, *place, range(seeds))
-                tasks.append(Task("cases", *place, case, work, code(case, *place, {}, seeds)))
+                tasks.append(Task("cases", *place, case, work, partial(stamp, case, *place, {}, seeds)))
         # float16 and bfloat16 have the same configurations: they take turns.
         for dtypes in (("fp16", "bf16"), ("tf32",)):
             for number, (case, choices) in enumerate(turns(CASES.values(), dtypes[0], architecture)):
                 place = architecture, dtypes[number % len(dtypes)]
                 turn = (0, 1 + number % 8)
                 work = partial(run_case, case.name, *place, turn, choices, only_training=True)
-                fingerprint_ = code(case.name, *place, choices, turn)
-                tasks.append(Task("configurations", *place, f"{case.name} {number}", work, fingerprint_))
+                of = partial(stamp, case.name, *place, choices, turn)
+                tasks.append(Task("configurations", *place, f"{case.name} {number}", work, of))
         for seed in range(1, 1 + seeds):
             work = partial(run_alone, architecture, seed)
-            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, fingerprint(kernels + alone)))
+            of = partial(fingerprint, kernels + tests)
+            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, of))
         for case in MUTATED:
             work = partial(run_mutations, case, architecture)
             place = architecture, "fp16"
-            tasks.append(Task("mutations", *place, case, work, code(case, *place, {}, SEEDS_OF_MUTATIONS)))
+            of = partial(stamp, case, *place, {}, SEEDS_OF_MUTATIONS)
+            tasks.append(Task("mutations", *place, case, work, of))
     for model in MODELS:
         for dtype in DTYPES:
-            tasks.append(
-                Task("wgmma", "sm_90", dtype, model, partial(read_products, model, dtype), fingerprint(kernels))
-            )
+            work, of = partial(read_products, model, dtype), partial(fingerprint, kernels)
+            tasks.append(Task("wgmma", "sm_90", dtype, model, work, of))
     return tasks
 
 
-def code(case: str, architecture: str, dtype: str, choices: Choices, seeds: object) -> str:
-    """The fingerprint of a case: what it launches, and on which values."""
-    found = CASES[case]
-    fields = [repr(getattr(found, field.name)) for field in dataclasses.fields(found)]
-    return fingerprint(listed(found, dtype, architecture, choices).texts, fields, seeds)
+def stamp(case: str, architecture: str, dtype: str, choices: Choices, seeds: object) -> str:
+    """The fingerprint of a case: itself, what it launches, and in which orders of programs."""
+    return fingerprint(listed(CASES[case], dtype, architecture, choices).texts, CASES[case], seeds)
 
 
 def texts(files: Iterable[Path]) -> list[str]:
@@ -146,7 +148,7 @@ def timed(work: Callable[[], Row]) -> Row:
     started = time.monotonic()
     try:
         row = work()
-    except Exception as error:
+    except Exception as error:  # of whatever runs; the others' rows must not be lost
         row = Row(complaints=[f"{type(error).__name__}: {error}"])
     row.seconds = time.monotonic() - started
     return row
