@@ -267,6 +267,65 @@ def test_frozen_whatever_its_values_are() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
+class Freezable(FrozenSubclass):
+    """Frozen or not as a flag says, which is its own or its class's."""
+
+    frozen = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.frozen else nn.BatchNorm2d.forward(self, x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_frozen_by_a_flag_follows_it(compiled: bool) -> None:
+    layer, plain = pair("bottleneck")
+    layer.norm, layer.reduce_norm = Freezable(layer.norm), Freezable(layer.reduce_norm)
+    plain.replace(Freezable)
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for frozen in (True, False, True):
+        for norm in (layer.norm, layer.reduce_norm):
+            norm.frozen = frozen
+        if frozen:
+            assert error(run(x), plain(x)) < 1e-10
+        else:
+            with pytest.raises(Exception, match="norm is a Freezable, which computes otherwise than BatchNorm2d does"):
+                run(x)
+
+
+def test_a_flag_of_the_class_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = pair("basic")
+    layer.norm = Freezable(layer.norm)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    layer(x)
+    monkeypatch.setattr(Freezable, "frozen", False)
+    with pytest.raises(TypeError, match="norm is a Freezable"):
+        layer(x)
+
+
+def test_frozen_without_eps() -> None:
+    """As torchvision's overwrite_eps leaves them for detectors with weights of old."""
+    layer, plain = pair("bottleneck")
+    for module in (layer, plain):
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps = 0.0
+    layer.norm, layer.reduce_norm = FrozenModule(layer.norm), FrozenModule(layer.reduce_norm)
+    plain.replace(FrozenModule)
+    assert_alike(layer, plain)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    assert error(sct.fuse(layer)(x), plain(x)) < 1e-10
+
+
+def test_a_forward_put_in_the_place_of_batch_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever wants all BNs of a process to compute otherwise."""
+    layer, _ = pair("basic")
+    monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: 2 * x)
+    with pytest.raises(TypeError, match="norm is a BatchNorm2d, which computes otherwise"):
+        layer(torch.randn(2, 6, 4, 5, dtype=torch.float64))
+
+
 class SplitBatchNorm(nn.BatchNorm2d):
     """As timm's: the first images have one BN, the others another."""
 

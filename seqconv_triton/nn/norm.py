@@ -129,34 +129,54 @@ def read_both(norm: nn.Module, reduce_norm: nn.Module | None, like: Tensor) -> S
     return StageNorms(Norms(main, inner), mode, eps, group)
 
 
+# As they are now: somebody may put another in their place.
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, Synchronised.forward)
+
+
 def is_batch_norm(norm: nn.Module) -> bool:
     """A BatchNorm that computes as PyTorch's does: subclasses with a forward of their own may do anything."""
     forward: Any = type(norm).forward
-    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, Synchronised.forward)
-    return isinstance(norm, _BatchNorm) and any(forward is one for one in known)
+    return isinstance(norm, _BatchNorm) and any(forward is one for one in _FORWARDS)
 
 
-# Whether it is a frozen BN, by module: asking one costs as much as a small layer.
-_frozen: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+Flags = tuple[tuple[str, object], ...]
+_PLAIN = (bool, int, float, str, type(None))
+# Whether it is a frozen BN, by module, with the flags it was tried with: trying costs as much as a small layer.
+_frozen: WeakKeyDictionary[nn.Module, tuple[Flags, bool]] = WeakKeyDictionary()
 
 
 def is_frozen(norm: nn.Module) -> bool:
     """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
 
-    That is tried out once, on vectors that are not its own; where there are none, one without `momentum` is believed.
+    That is tried out, on vectors that are not its own, and again when a flag of it has changed; where there are none,
+    one without `momentum` is believed.
     """
+    return _is_frozen(norm, tuple((name, getattr(norm, name, None)) for name in _flag_names(norm)))
+
+
+def _flag_names(norm: nn.Module) -> tuple[str, ...]:
+    """The attributes, its own and its class's, that may say what its forward does: numbers, texts and None."""
+    kinds = type(norm).__mro__[: type(norm).__mro__.index(nn.Module)]
+    held = {name: value for holder in (*kinds, norm) for name, value in vars(holder).items()}
+    plain = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
+    return tuple(name for name in plain if name != "training")
+
+
+def _is_frozen(norm: nn.Module, flags: Flags) -> bool:
     vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
-    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not _eps(norm) > 0:
+    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not _eps(norm) >= 0:
         return False
     if any(type(v) not in (Tensor, nn.Parameter) or v.is_meta for v in vectors):
         return not hasattr(norm, "momentum")
-    if norm not in _frozen:
-        _frozen[norm] = _acts_frozen(norm)
-    return _frozen[norm]
+    if norm not in _frozen or _frozen[norm][0] != flags:
+        _frozen[norm] = flags, _acts_frozen(norm)
+    return _frozen[norm][1]
 
 
-# What torch.compiler.assume_constant_result does, which imports all of the compiler.
-is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result does, which imports all of the compiler. The flags are read between the
+# two, so that a graph is compiled again when one of them changes.
+_flag_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _acts_frozen(norm: nn.Module) -> bool:
@@ -212,7 +232,7 @@ def _own(value: Any) -> Any:
 
 def _eps(norm: nn.Module) -> float:
     eps: Any = getattr(norm, "eps", None)
-    return float(eps) if isinstance(eps, int | float) else 0.0
+    return float(eps) if isinstance(eps, int | float) else -1.0
 
 
 def _no_batch_norm(name: str, norm: nn.Module) -> str:
