@@ -120,6 +120,97 @@ def test_gradients_are_parts_of_the_packed_one() -> None:
     assert parts[0].grad.eq(1).all() and parts[1].grad is not None
 
 
+def sharpness_aware(module: nn.Module, parameters: list[nn.Parameter], steps: int) -> list[float]:
+    """SAM as it is mostly written: up along the gradient, and back by assigning to `data`."""
+    generator, losses = torch.Generator().manual_seed(1), []
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    x = torch.randn(8, 6, 4, 5, dtype=torch.float64, generator=generator)
+    target = torch.rand(8, 12, 4, 5, dtype=torch.float64, generator=generator)
+    for _ in range(steps):
+        loss = (module(x) - target).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        old = [p.data.clone() for p in parameters]
+        for p in parameters:
+            p.data.add_(p.grad * (0.05 / norm))
+        optimizer.zero_grad()
+        (module(x) - target).square().mean().backward()
+        for p, value in zip(parameters, old, strict=True):
+            p.data = value
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def listed(module: nn.Module) -> list[nn.Parameter]:
+    return [p for group in sct.parameter_groups(module, 0.0, per_group=True) for p in group["params"]]
+
+
+def test_parts_whose_data_is_assigned() -> None:
+    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True, dtype=torch.float64))
+    plain = PlainLayer(layer)
+    expected = sharpness_aware(plain, list(plain.parameters()), 10)
+    assert expected[-1] < expected[0]
+    for one, other in zip(sharpness_aware(layer, listed(layer), 10), expected, strict=True):
+        assert abs(one - other) < 1e-10
+    with pytest.raises(ValueError, match="data must be of shape"):
+        listed(layer)[0].data = torch.zeros(3)
+
+
+@pytest.mark.parametrize("road", ["double", "vector", "data"])
+def test_parts_follow_a_whole_that_gets_other_memory(road: str) -> None:
+    """As parameters do, which stay the same when a model is moved."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
+    parts = listed(layer)
+    optimizer, x = torch.optim.SGD(parts, lr=0.1, momentum=0.9), torch.randn(2, 6, 4, 5)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    if road == "double":
+        layer.double()
+    elif road == "vector":
+        nn.utils.vector_to_parameters(0.5 * nn.utils.parameters_to_vector(layer.parameters()), layer.parameters())
+    else:
+        for p in layer.parameters():
+            p.data = 0.5 * p.data
+    twin = copy.deepcopy(layer)
+    optimizer = torch.optim.SGD(parts, lr=0.1)
+    for module, steps in ((layer, optimizer), (twin, torch.optim.SGD(twin.parameters(), lr=0.1))):
+        steps.zero_grad()
+        module(x.to(module.transform_weight.dtype)).square().sum().backward()
+        steps.step()
+    for name, value in twin.named_parameters():
+        assert torch.equal(layer.get_parameter(name), value), name
+
+
+def test_optimizers_that_share_a_packed_weight() -> None:
+    """Each clears its own parts of the gradient, whatever the order."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4, dtype=torch.float64))
+    twin = PlainLayer(layer)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    parts = [p for p in listed(layer) if p.dim() == 4]
+    optimizers = [torch.optim.SGD(parts[:1], lr=0.1), torch.optim.SGD(parts[1:], lr=0.01)]
+    convs = [conv.weight for conv in twin.transform]
+    others = [torch.optim.SGD(convs[:1], lr=0.1), torch.optim.SGD(convs[1:], lr=0.01)]
+    for module, (first, second) in ((layer, optimizers), (twin, others)):
+        for i in range(4):  # the second steps with the gradients of two batches
+            module(x).square().sum().backward()
+            first.step()
+            first.zero_grad()
+            if i % 2:
+                second.step()
+                second.zero_grad()
+    assert error(layer.transform_weight, torch.cat(convs)) < 1e-10
+    assert layer.transform_weight.grad is None
+
+
+def test_hooks_belong_to_the_whole() -> None:
+    part = listed(sct.SeqConv2d(6, 12, 4))[0]
+    for register in (part.register_hook, part.register_post_accumulate_grad_hook):
+        with pytest.raises(NotImplementedError, match="register the hook on the model's own parameter"):
+            register(lambda *_: None)
+
+
 def test_a_copy_of_model_and_optimizer() -> None:
     """As tools that go back to the best step make it: the copy's optimizer moves the copy's weights."""
     model = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True))
