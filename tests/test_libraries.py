@@ -97,13 +97,29 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 40, 40)
     cpu = torch.device("cpu")
     with torch.no_grad():
-        expected = model(x)
+        expected, features = model(x), model.forward_intermediates(x, intermediates_only=True)
+        ran = model.stages[0].run(feed := torch.randn(2, model.stages[0].plan.in_channels, 8, 8)).out
         offloaded = accelerate.cpu_offload(copy.deepcopy(model), cpu, offload_buffers=True)
         on_disk = accelerate.disk_offload(copy.deepcopy(model), str(tmp_path), cpu, offload_buffers=True)
         for twin in (offloaded, on_disk):
             for _ in range(2):
                 assert torch.equal(twin(x), expected)
-                assert twin.stages[0].norm.weight.is_meta
+                for one, other in zip(twin.forward_intermediates(x, intermediates_only=True), features, strict=True):
+                    assert torch.equal(one, other)
+                assert torch.equal(twin.stages[0].run(feed).out, ran)
+                for part in (twin.stages[0], twin.stages[0].norm):
+                    assert all(p.is_meta for p in part.parameters(recurse=False))
+
+
+def test_features_of_timm_from_an_offloaded_model() -> None:
+    accelerate, timm = library("accelerate"), library("timm")
+    importlib.import_module("seqconv_triton.interop.timm")
+    model = timm.create_model("cifar_seqresnet_b_r7_k16", features_only=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        twin = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"), offload_buffers=True)
+        assert all(torch.equal(one, other) for one, other in zip(twin(x), expected, strict=True))
 
 
 def test_what_needs_offloaded_weights_is_refused() -> None:

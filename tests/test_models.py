@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import oracle
 import pytest
@@ -273,6 +274,23 @@ def test_an_adapter_around_the_first_conv() -> None:
         fused = sct.fuse(model, **options)
         assert error(fused(x), model(x)) < 1e-4 and torch.equal(fused(x), fused.train()(x))
         assert not any("running" in name for name in fused.state_dict())
+
+
+@pytest.mark.parametrize("make", [small_imagenet, partial(sct.CifarSeqResNet, 4, 1)], ids=["imagenet", "cifar"])
+@pytest.mark.parametrize("in_chans", [3, 1])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_features_are_laid_out_as_the_images(
+    make: Callable[..., nn.Module], in_chans: int, channels_last: bool
+) -> None:
+    """As a ResNet's are, so that `.view(n, -1)` behind them works for contiguous images."""
+    model = randomise(make(in_chans=in_chans)).eval()
+    expected = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, in_chans, 64, 64).clone(memory_format=expected)
+    for network in (model, sct.fuse(model), sct.fuse(model, plain=True)):
+        last, features = network.forward_intermediates(x)
+        for out in (network.forward_features(x), last, *features):
+            assert out.is_contiguous(memory_format=expected)
+            assert channels_last or out.view(2, -1).shape[1] == out[0].numel()
 
 
 def test_registry() -> None:

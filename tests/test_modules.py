@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import error, randomise
+from plain import VECTORS, PlainLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +59,7 @@ def test_bn_settings_of_the_user(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_images(backend: str, training: bool) -> None:
-    """N = 0: an empty output, gradients of zero, statistics as they were."""
+    """N = 0: an empty output, gradients of zero, statistics as they were, and in training one more batch."""
     model = small().train(training)
     before = {name: value.clone() for name, value in model.named_buffers()}
     with sct.use_backend(backend):
@@ -66,7 +67,28 @@ def test_no_images(backend: str, training: bool) -> None:
     out.sum().backward()
     assert out.shape == (0, 10)
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if "tracked" not in name)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name] + (training and "tracked" in name)), name
+
+
+def test_no_images_between_others() -> None:
+    """A cumulative average counts the batches; hooks on the BNs are called for every one."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True, dtype=torch.float64))
+    plain, called = PlainLayer(layer), []
+    for module in (layer, plain):
+        for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm2d)):
+            norm.momentum = None
+            norm.reset_running_stats()
+    for module in (layer, plain):
+        for images in (2, 0, 3):
+            torch.manual_seed(images)
+            module(torch.randn(images, 6, 4, 5, dtype=torch.float64))
+    for name in ("norm", "reduce_norm"):
+        for vector in VECTORS:
+            assert error(getattr(getattr(layer, name), vector), plain.vector(name, vector)) < 1e-10
+        getattr(layer, name).register_forward_hook(lambda _, args, out: called.append(args[0].shape))
+    layer(torch.randn(0, 6, 4, 5, dtype=torch.float64))
+    assert called == [(0, 12, 4, 5)] * 2 and layer.norm.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
-from seqconv_triton.nn.layers import PackedSeqConv, Stage
+from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.plain import PlainSeqConv
+from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -55,16 +56,16 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the last activated features [N, num_features, h, w]."""
-        x = self.forward_stem(x)
+        """Images to the last activated features [N, num_features, h, w], in the memory format of the images."""
+        images, x = x, self.forward_stem(x)
         for stage in self.stages:
             x = stage(x)
-        return F.relu(self.norm(x))
+        return laid_out_like(images, F.relu(self.norm(x)))
 
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
         # What a user puts in the first conv's place, an adapter around it, checks its input itself.
-        out: Tensor = self.stem(network_input(x, first.weight if isinstance(first, nn.Conv2d) else None))
+        out: Tensor = self.stem(network_input(x, first.weight if isinstance(first, StemConv2d) else None))
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -83,12 +84,13 @@ class Backbone(nn.Module):
         """Activated features of chosen stages (all; an int: the last so many; a list: those).
 
         Returns (last features, list), or the list alone; with `stop_early` nothing behind the last chosen stage is
-        computed, and its features are the last. Raises ValueError for a stage that does not exist.
+        computed, and its features are the last. All are in the memory format of the images; channels-last spares a
+        copy. Raises ValueError for a stage that does not exist.
         """
         count = len(self.stages)
         chosen = chosen_stages(indices, count)
         taken = {}
-        x = self.forward_stem(x)
+        images, x = x, self.forward_stem(x)
         stages = list(self.stages)[: max(chosen) + 1 if stop_early else count]
         for i, stage in enumerate(stages):
             assert isinstance(stage, Stage | PlainSeqConv)
@@ -98,10 +100,11 @@ class Backbone(nn.Module):
                 x, taken[i] = stage.forward_features(x)
             else:
                 x = stage(x)
+        taken = {i: laid_out_like(images, features) for i, features in taken.items()}
         features = [taken[i] for i in chosen]
         if intermediates_only:
             return features
-        return (F.relu(self.norm(x)) if len(stages) == count else taken[max(chosen)]), features
+        return (laid_out_like(images, F.relu(self.norm(x))) if len(stages) == count else taken[max(chosen)]), features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Gradient checkpointing: the 1×1 convs' outputs are not kept for backward, but computed again."""

@@ -55,7 +55,7 @@ class ImageNetNetwork(Backbone):
         stem = nn.Sequential(
             StemConv2d(in_chans, STEM_CHANNELS, stride=2, **where),
             nn.BatchNorm2d(STEM_CHANNELS, **where),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             StemConv2d(STEM_CHANNELS, STEM_CHANNELS, **where),
             # The dense first layer at half the image size, and the downsizing conv behind it.
             Stage(

@@ -93,18 +93,23 @@ class PackedSeqConv(nn.Module):
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
         """`ops.stage` with this module's parameters; updates the running statistics in training."""
-        make_weights(self)
-        return self._run(x, shortcut, keep_buffer)[0]
+        put_back = fetch(self)
+        try:
+            make_weights(self)
+            return self._run(x, shortcut, keep_buffer)[0]
+        finally:
+            put_back()
 
     def _run(
         self, x: Tensor, shortcut: Tensor | None = None, keep_buffer: bool = False
     ) -> tuple[StageOutput, StageNorms]:
-        """`run` where calling the module has made its weights; also what was read from its BNs."""
+        """`run` where calling the module has made or brought its weights; also what was read from its BNs."""
         put_back = fetch(self.norm, self.reduce_norm)
-        read = self.read_norms()
-        output = self._run_with(read, x, shortcut, keep_buffer)
-        put_back()
-        return output, read
+        try:
+            read = self.read_norms()
+            return self._run_with(read, x, shortcut, keep_buffer), read
+        finally:
+            put_back()
 
     def _run_with(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
         if read.statistics == "folded" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -124,14 +129,13 @@ class PackedSeqConv(nn.Module):
             recompute=self.recompute,
             process_group=read.group,
         )
-        if x.shape[0] == 0:
-            return output
         if shown:
             show(shown, self.norm, self.reduce_norm, output, read, self.reduce_weight, self.plan, mask)
         if output.statistics is not None:
             own = x.shape[0] * x.shape[2] * x.shape[3]
             count = own if output.counts is None else output.counts.sum()
-            mean, var, inner_mean, inner_var = output.statistics
+            # Without images there is a batch to be counted, and nothing to learn from it.
+            mean, var, inner_mean, inner_var = output.statistics if x.shape[0] else (None,) * 4
             for norm, vectors in ((self.norm, (mean, var)), (self.reduce_norm, (inner_mean, inner_var))):
                 if norm not in shown:  # those have moved theirs themselves
                     update_running(norm, *vectors, count)
@@ -195,9 +199,7 @@ class SeqConv2d(PackedSeqConv):
     @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The activated output [N, out_channels, H, W] of an activated x, in the memory format of x."""
-        out = self._run(x)[0].out
-        # Computed is channels-last: so is x where its channels lie side by side.
-        return out if x.stride(1) == 1 else out.contiguous()
+        return laid_out_like(x, self._run(x)[0].out)
 
     @leaf
     def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -211,21 +213,26 @@ class Stage(PackedSeqConv):
     """Residual blocks, extension and tail conv as one op: raw features in, raw features out (`Plan.stage`)."""
 
     @leaf
-    def forward(self, x: Tensor) -> Tensor:
-        """The raw output of the tail; its BN belongs to what comes next. Without a tail: the activated features."""
-        return self._run(x)[0].out
+    def forward(self, x: Tensor, features: bool = False) -> Any:
+        """The raw output of the tail; its BN belongs to what comes next. Without a tail: the activated features.
 
-    @leaf
-    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, features): also the activated output of the last block [N, channels, H, W], before any extension."""
-        make_weights(self)
-        output, read = self._run(x, keep_buffer=True)
+        With `features` (out, features): also the activated output of the last block [N, channels, H, W], before any
+        extension.
+        """
+        output, read = self._run(x, keep_buffer=features)
+        if not features:
+            return output.out
         assert output.buffer is not None
         start, stop = self.feature_channels
         offset = self.plan.total_channels - self.plan.normalized_channels
         # A batch's statistics are taken again: their gradient then comes for free.
-        features = normalise(output.buffer[:, start:stop], read.main, slice(start - offset, stop - offset)).relu_()
-        return output.out, features
+        raw = output.buffer[:, start:stop]
+        return output.out, normalise(raw, read.main, slice(start - offset, stop - offset)).relu_()
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, features), by calling the module: its hooks are called, on both."""
+        out, features = self(x, features=True)
+        return out, features
 
     @property
     def feature_channels(self) -> tuple[int, int]:
@@ -237,6 +244,12 @@ class Stage(PackedSeqConv):
             if layer.residual or layer.entry:
                 stop, width = end, layer.out_channels
         return stop - width, stop
+
+
+@leaf
+def laid_out_like(x: Tensor, out: Tensor) -> Tensor:
+    """A channels-last result; contiguous, as a plain conv's is, where the channels of x do not lie side by side."""
+    return out if x.stride(1) == 1 else out.contiguous()
 
 
 def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:

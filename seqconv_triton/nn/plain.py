@@ -1,6 +1,8 @@
 """A folded layer as PyTorch's own modules, one conv each: what quantizers, converters and pruners look for."""
 
 # Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,15 +51,16 @@ class PlainSeqConv(nn.Module):
         groups = tuple(group.steps() for group in self.groups if isinstance(group, PlainGroup))
         return StageSteps(self.entry_scale, self.entry_shift, self.entry_relu, groups, self.tail)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: bool = False) -> Any:
         """As `Stage.forward` and `SeqConv2d.forward`."""
-        return walk(x, None, self.plan, self.steps()).out
+        walked = walk(x, None, self.plan, self.steps())
+        start, stop = self.feature_channels
+        return (walked.out, walked.features.window(start, stop - start)) if features else walked.out
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `Stage.forward_features`."""
-        walked = walk(x, None, self.plan, self.steps())
-        start, stop = self.feature_channels
-        return walked.out, walked.features.window(start, stop - start)
+        out, features = self(x, features=True)
+        return out, features
 
     def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `SeqConv2d.forward_raw`."""
