@@ -204,6 +204,66 @@ def test_optimizers_that_share_a_packed_weight() -> None:
     assert layer.transform_weight.grad is None
 
 
+def test_gradients_that_somebody_kept_outlive_zero_grad() -> None:
+    """As for the gradients of several tasks, which are compared afterwards."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4))
+    parts, x = listed(layer), torch.randn(2, 6, 4, 5)
+    optimizers = [torch.optim.SGD(parts[:1], lr=0.1), torch.optim.SGD(parts[1:], lr=0.1)]
+    for cleared in ([parts[0]], parts):  # by the first, by both
+        layer(x).square().sum().backward()
+        kept = [p.grad for p in cleared]
+        values = [grad.clone() for grad in kept]
+        for optimizer in optimizers[: len(cleared)]:
+            optimizer.zero_grad()
+        layer(2 * x).square().sum().backward()
+        assert all(torch.equal(grad, value) for grad, value in zip(kept, values, strict=True))
+        assert not torch.equal(parts[0].grad, values[0])
+
+
+def test_a_loss_on_the_parts_themselves() -> None:
+    """A penalty on just these matrices, in one backward pass with the model's loss, or alone."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4, dtype=torch.float64))
+    plain, parts = PlainLayer(layer), listed(layer)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for alone in (False, True, False):
+        for module, matrices in ((layer, parts), (plain, [conv.weight for conv in plain.transform])):
+            penalty = sum(p.square().sum() for p in matrices if p.dim() > 1)
+            (penalty if alone else penalty + module(x).square().mean()).backward()
+    assert error(layer.transform_weight.grad, torch.cat([conv.weight.grad for conv in plain.transform])) < 1e-10
+    for p in parts:
+        del p.grad
+    assert all(p.grad is None for p in parts) and layer.transform_weight.grad is None
+
+
+def test_state_that_is_loaded_after_the_model_was_moved() -> None:
+    layer = randomise(sct.SeqConv2d(6, 12, 4))
+    twin, x = copy.deepcopy(layer), torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for module, parameters in ((layer, listed(layer)), (twin, list(twin.parameters()))):
+        optimizer = torch.optim.AdamW(parameters, lr=0.01)
+        module(x.float()).square().sum().backward()
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = torch.optim.AdamW(parameters, lr=0.01)
+        module.double()
+        optimizer.load_state_dict(state)
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+    for name, value in twin.named_parameters():
+        assert error(layer.get_parameter(name), value) < 1e-6, name
+
+
+def test_parts_on_the_meta_device() -> None:
+    layer = sct.SeqConv2d(6, 12, 4, device="meta")
+    parts = listed(layer)
+    layer(torch.empty(2, 6, 4, 5, device="meta")).sum().backward()
+    assert all(p.is_meta and p.grad.shape == p.shape == p.data.shape for p in parts)
+    torch.optim.SGD(parts).zero_grad()
+    assert layer.transform_weight.grad is None
+    with pytest.raises(ValueError, match="grad must be of shape"):
+        parts[0].grad = torch.zeros(3)
+
+
 def test_hooks_belong_to_the_whole() -> None:
     part = listed(sct.SeqConv2d(6, 12, 4))[0]
     for register in (part.register_hook, part.register_post_accumulate_grad_hook):
