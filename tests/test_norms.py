@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from enum import Enum
 
 import pytest
 import torch
@@ -292,6 +293,47 @@ def test_what_is_frozen_by_a_flag_follows_it(compiled: bool) -> None:
         else:
             with pytest.raises(Exception, match="norm is a Freezable, which computes otherwise than BatchNorm2d does"):
                 run(x)
+
+
+class Mode(Enum):
+    TRAINED = 0
+    FROZEN = 1
+
+
+class ByMode(FrozenSubclass):
+    mode = Mode.FROZEN
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.mode is Mode.FROZEN else nn.BatchNorm2d.forward(self, x)
+
+
+def test_what_is_frozen_by_a_mode_follows_it() -> None:
+    layer, plain = pair("basic")
+    layer.norm = ByMode(layer.norm)
+    plain.replace(ByMode)
+    assert_alike(layer, plain)
+    layer.norm.mode = Mode.TRAINED
+    with pytest.raises(TypeError, match="norm is a ByMode, which computes otherwise"):
+        layer(torch.randn(2, 6, 4, 5, dtype=torch.float64))
+
+
+def test_numbers_that_change_do_not_compile_again() -> None:
+    """As a schedule of momentum makes them."""
+    layer, plain = pair("basic")
+    layer.norm = FrozenSubclass(layer.norm)
+    plain.replace(FrozenSubclass)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(layer, fullgraph=True, backend=keep), torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for epoch in range(6):
+        layer.norm.momentum = 0.5**epoch
+        assert error(compiled(x), plain(x)) < 1e-10
+    assert len(graphs) <= 2
 
 
 def test_a_flag_of_the_class_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:

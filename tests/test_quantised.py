@@ -59,3 +59,12 @@ def test_dynamic_quantisation_finds_the_classifier(classes: int) -> None:
         warnings.simplefilter("ignore")
         quantised = torch.ao.quantization.quantize_dynamic(folded, {torch.nn.Linear})
     assert "quantized" in type(quantised.classifier).__module__
+
+
+def test_a_plain_classifier_keeps_what_is_on_it() -> None:
+    """Hooks, and what computes its weight, whatever its start was."""
+    model, called = sct.CifarSeqResNet(4, 1, num_classes=10).eval(), []
+    torch.nn.utils.parametrizations.weight_norm(model.classifier)
+    model.classifier.register_forward_hook(lambda *_: called.append(1))
+    folded, x = sct.fuse(model, plain=True), torch.randn(2, 3, 8, 8)
+    assert error(folded(x), model(x)) < 1e-5 and len(called) == 2 and isinstance(folded.classifier, torch.nn.Linear)

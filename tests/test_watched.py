@@ -283,6 +283,19 @@ def test_hooks_of_a_stage_wherever_it_is_called() -> None:
     assert kinds == [torch.Tensor, tuple] * 2
 
 
+def test_features_of_a_stage_that_is_wrapped() -> None:
+    """By PyTorch's checkpoint_wrapper, or compiled by itself."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = randomise(sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.0), layer_b=0.3).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    model.stages[0] = checkpoint_wrapper(model.stages[0])
+    model.stages[1] = torch.compile(model.stages[1], backend="eager")
+    for one, other in zip(model.forward_intermediates(x, intermediates_only=True), expected, strict=True):
+        assert error(one, other) < 1e-6
+
+
 def test_the_stems_bn_is_seen_as_it_is() -> None:
     """No ReLU works in place behind it: hooks keep what they saw, and backward hooks are called."""
     model, seen = randomise(small_imagenet(), layer_b=0.3), SimpleNamespace(gradients=0)

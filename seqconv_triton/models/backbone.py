@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from seqconv_triton.nn.classifier import PublishedClassifier
 from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like
 from seqconv_triton.nn.leaf import leaf, refuse_script
-from seqconv_triton.nn.plain import PlainSeqConv
 from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.ops.checks import check_network_input
 
@@ -91,13 +90,12 @@ class Backbone(nn.Module):
         chosen = chosen_stages(indices, count)
         taken = {}
         images, x = x, self.forward_stem(x)
-        stages = list(self.stages)[: max(chosen) + 1 if stop_early else count]
-        for i, stage in enumerate(stages):
-            assert isinstance(stage, Stage | PlainSeqConv)
+        stages: list[Any] = list(self.stages)[: max(chosen) + 1 if stop_early else count]
+        for i, stage in enumerate(stages):  # which may be wrapped
             if i in chosen and stage.plan.tail is None:
                 x = taken[i] = stage(x)
             elif i in chosen:
-                x, taken[i] = stage.forward_features(x)
+                x, taken[i] = stage(x, features=True)
             else:
                 x = stage(x)
         taken = {i: laid_out_like(images, features) for i, features in taken.items()}

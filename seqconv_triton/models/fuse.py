@@ -102,9 +102,8 @@ def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
         new = plain_conv(
             module.in_channels, module.out_channels, 3, module.stride[0], 1, module.weight, module.bias
         ).eval()  # fmt: skip
-    elif isinstance(module, PublishedClassifier):
-        new = nn.Linear(module.in_features, module.out_features, device="meta").train(module.training)
-        new.weight, new.bias = module.weight, module.bias
+    elif type(module) is PublishedClassifier:
+        module.__class__ = nn.Linear  # type: ignore[assignment] # which it is but for its start; hooks and what computes its weight stay
     done[module] = new
     if new is module:
         for name, child in list(module._modules.items()):
@@ -141,7 +140,7 @@ def _touched(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
             parts = {f"stem.{i}": part for i, part in enumerate(module.stem) if isinstance(part, _BatchNorm)}
             parts |= {f"stem.{i - 1}": module.stem[i - 1] for i in _behind_convs(module.stem)}
             parts |= {} if isinstance(module.norm, nn.Identity) else {"norm": module.norm}
-        elif plain and isinstance(module, StemConv2d | PublishedClassifier):
+        elif plain and isinstance(module, StemConv2d):
             parts = {"": module}
         for name, part in parts.items():
             yield ".".join(filter(None, (prefix, name))) or type(part).__name__, part

@@ -8,6 +8,7 @@ SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or
 from __future__ import annotations
 
 import copy
+from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -140,7 +141,7 @@ def is_batch_norm(norm: nn.Module) -> bool:
 
 
 Flags = tuple[tuple[str, object], ...]
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, Enum, type(None))
 # Whether it is a frozen BN, by module, with the flags it was tried with: trying costs as much as a small layer.
 _frozen: WeakKeyDictionary[nn.Module, tuple[Flags, bool]] = WeakKeyDictionary()
 
@@ -151,11 +152,20 @@ def is_frozen(norm: nn.Module) -> bool:
     That is tried out, on vectors that are not its own, and again when a flag of it has changed; where there are none,
     one without `momentum` is believed.
     """
-    return _is_frozen(norm, tuple((name, getattr(norm, name, None)) for name in _flag_names(norm)))
+    return _is_frozen(norm, tuple((name, _flag(getattr(norm, name, None))) for name in _flag_names(norm)))
+
+
+def _flag(value: object) -> object:
+    """What may change what is computed; of a float, which torch.compile may not know, whether it is zero."""
+    if isinstance(value, float):
+        if value == 0:
+            return "zero"
+        return "not zero"
+    return value
 
 
 def _flag_names(norm: nn.Module) -> tuple[str, ...]:
-    """The attributes, its own and its class's, that may say what its forward does: numbers, texts and None."""
+    """The attributes, its own and its class's, that may say what its forward does."""
     kinds = type(norm).__mro__[: type(norm).__mro__.index(nn.Module)]
     held = {name: value for holder in (*kinds, norm) for name, value in vars(holder).items()}
     plain = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
