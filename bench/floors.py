@@ -7,16 +7,20 @@ minutes for the compiler. What a floor and a roofline are: `seqconv_triton/tools
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import seqconv_triton as sct
 from bench.cases import MODELS
+from bench.launched import described, fingerprint
 from bench.report import say
 from bench.results import FOLDER, Row, provenance, write_json
 from seqconv_triton.tools import peers
 from seqconv_triton.tools.ceilings import GPUS
+
+if TYPE_CHECKING:
+    from seqconv_triton.tools.instructions import Anatomy
 
 ARCHITECTURE, BATCH, IMAGE = "sm_90", 256, 224
 FILE = FOLDER / "floors.json"
@@ -28,30 +32,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(_: argparse.Namespace) -> int:
     say(f"{ARCHITECTURE}, bfloat16, {BATCH} images of {IMAGE}²")
-    rows = [*(ours(name, mode) for name in MODELS for mode in ("eval", "train")), *theirs()]
+    anatomies: dict[str, Any] = {}
+    rows = [*(ours(name, mode, anatomies) for name in MODELS for mode in ("eval", "train")), *theirs()]
     source = provenance(torch.device("cpu"))
     contents = {
         "provenance": {name: source[name] for name in ("torch", "triton", "date", "revision")},
         "architecture": ARCHITECTURE, "batch": BATCH, "image": IMAGE, "dtype": "bfloat16", "rows": rows,
+        "anatomies": dict(sorted(anatomies.items())),
     }  # fmt: skip
     write_json(FILE, contents)
     say(f"written: {FILE}")
     return 0
 
 
-def ours(name: str, mode: str) -> Row:
-    """A row of one of our networks, of all launches of its stages."""
+def ours(name: str, mode: str, anatomies: dict[str, Any]) -> Row:
+    """A row of one of our networks, of all launches of its stages; what was counted of each goes into `anatomies`."""
     from seqconv_triton.tools.cost import model_work, total
+    from seqconv_triton.tools.instructions import of_launch
 
     model = sct.create_model(name, device="meta")
     works = model_work(model, (BATCH, 3, IMAGE, IMAGE), torch.bfloat16, mode == "train", ARCHITECTURE)
     t = total(works, GPUS[ARCHITECTURE], ARCHITECTURE)
+    items = {work.item for work in works if work.item is not None}
+    anatomies |= {fingerprint([described(item)]): of_launch(item, ARCHITECTURE) for item in items}
     say(f"{name}, {mode}: {1e3 * t.floor_seconds:.2f} ms")
     return {
         "network": name, "mode": mode, "launches": t.launches, "bytes_seconds": t.bytes_seconds,
         "operations_seconds": t.operations_seconds, "issue_seconds": t.issue_seconds,
         "roofline_seconds": t.roofline_seconds, "floor_seconds": t.floor_seconds,
     }  # fmt: skip
+
+
+def known(found: dict[str, Any]) -> dict[str, Anatomy]:
+    """What a file of this command says of single launches, by their fingerprints: it holds while those are the same."""
+    from seqconv_triton.tools.instructions import Anatomy, Loop
+
+    return {
+        code: Anatomy(once, last, tuple(Loop(*loop) for loop in loops), operations)
+        for code, (once, last, loops, operations) in found["anatomies"].items()
+    }
 
 
 def theirs() -> list[Row]:

@@ -90,13 +90,30 @@ def test_issued(parts: Anatomy, phases: tuple[float, ...], expected: float) -> N
     assert issued(parts, phases) == expected
 
 
-# In a process without the interpreter. A model is on the meta device, its kernels are compiled.
+# In a process without the interpreter. A model is on the meta device, its kernels are compiled: those that `python -m
+# bench floors` has not counted, and every eighth of the others, whose count must be what it was.
 PROGRAM = """
-import json, sys, torch
+import functools, json, torch
 import seqconv_triton as sct
+from bench.floors import FILE, known
+from bench.launched import described, fingerprint
+from bench.results import read_json
+from seqconv_triton.tools import instructions
 from seqconv_triton.tools.ceilings import GPUS
 from seqconv_triton.tools.cost import by_kernel, model_work, total
 
+counted, anatomies = instructions.of_launch, known(read_json(FILE))
+
+@functools.cache
+def of_launch(item, architecture):
+    code = fingerprint([described(item)])
+    if code in anatomies and int(code, 16) % 8:
+        return anatomies[code]
+    parts = counted(item, architecture)
+    assert parts == anatomies.get(code, parts), (item.name, parts, anatomies[code])
+    return parts
+
+instructions.of_launch = of_launch
 found = {}
 for name in ("seqresnet_b42", "seqresnet_b22"):
     model = sct.create_model(name, device="meta")
