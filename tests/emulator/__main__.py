@@ -9,24 +9,19 @@ last one ended. A row counts as long as its case and what it launches are what t
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from emulator.build import compiler
-from emulator.results import RESULTS, Results
-from emulator.work import PARTS, Row, Task, all_tasks, execute
-
-ROWS = RESULTS / "emulation-rows.jsonl.gz"
+from emulator.results import Results
+from emulator.rows import ROWS, finished, keep
+from emulator.work import PARTS, all_tasks, execute
 
 
 def main() -> int:
@@ -62,21 +57,6 @@ def main() -> int:
     if not given.dry and not given.only:
         results.write(everything)
     return int(bool(results.complaints))
-
-
-def finished(file: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Row]]:
-    """Names and rows of a file; complaints are to be seen again, so their tasks are not finished."""
-    if file.exists():
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                fingerprint, name, fields = json.loads(line)
-                if name in tasks and fingerprint == tasks[name].code and not fields["complaints"]:
-                    yield name, Row(Counter(fields.pop("counts")), Counter(fields.pop("findings")), **fields)
-
-
-def keep(file: Path, task: Task, row: Row) -> None:
-    with gzip.open(file, "at", encoding="utf-8") as lines:
-        lines.write(json.dumps([task.code, task.name, vars(row)]) + "\n")
 
 
 if __name__ == "__main__":

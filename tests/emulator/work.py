@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -86,14 +86,10 @@ class Task:
 
 def all_tasks(seeds: int) -> list[Task]:
     tasks = []
-    kernels = texts(sorted(Path(configs.__file__).parent.glob("*.py")))
-    tests = texts([TESTS / name for name in (*ALONE, "kernel_operands.py")])
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
             place = architecture, dtype
-            for case in CASES:
-                work = partial(run_case, case, *place, range(seeds))
-                tasks.append(Task("cases", *place, case, work, partial(stamp, case, *place, {}, seeds)))
+            tasks += [case_task(case, *place, seeds) for case in CASES]
         # float16 and bfloat16 have the same configurations: they take turns.
         for dtypes in (("fp16", "bf16"), ("tf32",)):
             for number, (case, choices) in enumerate(turns(CASES.values(), dtypes[0], architecture)):
@@ -103,9 +99,7 @@ def all_tasks(seeds: int) -> list[Task]:
                 of = partial(stamp, case.name, *place, choices, turn)
                 tasks.append(Task("configurations", *place, f"{case.name} {number}", work, of))
         for seed in range(1, 1 + seeds):
-            work = partial(run_alone, architecture, seed)
-            of = partial(fingerprint, kernels + tests)
-            tasks.append(Task("alone", architecture, "all", f"seed {seed}", work, of))
+            tasks.append(alone_task(architecture, seed))
         for case in MUTATED:
             work = partial(run_mutations, case, architecture)
             place = architecture, "fp16"
@@ -113,9 +107,15 @@ def all_tasks(seeds: int) -> list[Task]:
             tasks.append(Task("mutations", *place, case, work, of))
     for model in MODELS:
         for dtype in DTYPES:
-            work, of = partial(read_products, model, dtype), partial(fingerprint, kernels)
+            work, of = partial(read_products, model, dtype), partial(fingerprint, kernel_texts())
             tasks.append(Task("wgmma", "sm_90", dtype, model, work, of))
     return tasks
+
+
+def case_task(case: str, architecture: str, dtype: str, seeds: int) -> Task:
+    """A case in training and evaluation, as the heuristic configures it."""
+    work = partial(run_case, case, architecture, dtype, range(seeds))
+    return Task("cases", architecture, dtype, case, work, partial(stamp, case, architecture, dtype, {}, seeds))
 
 
 def stamp(case: str, architecture: str, dtype: str, choices: Choices, seeds: object) -> str:
@@ -123,8 +123,15 @@ def stamp(case: str, architecture: str, dtype: str, choices: Choices, seeds: obj
     return fingerprint(listed(CASES[case], dtype, architecture, choices).texts, CASES[case], seeds)
 
 
-def texts(files: Iterable[Path]) -> list[str]:
-    return [file.read_text("utf-8") for file in files]
+def alone_task(architecture: str, seed: int) -> Task:
+    """The tests of single kernels."""
+    tests = [(TESTS / name).read_text("utf-8") for name in (*ALONE, "kernel_operands.py")]
+    of = partial(fingerprint, [*kernel_texts(), *tests])
+    return Task("alone", architecture, "all", f"seed {seed}", partial(run_alone, architecture, seed), of)
+
+
+def kernel_texts() -> list[str]:
+    return [file.read_text("utf-8") for file in sorted(Path(configs.__file__).parent.glob("*.py"))]
 
 
 def execute(tasks: Sequence[Task], jobs: int, deadline: float) -> Iterator[tuple[Task, Row]]:
