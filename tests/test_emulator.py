@@ -26,7 +26,8 @@ RUNS = {
 }
 for number, architecture in enumerate(ARCHITECTURES):
     # A third of them; a ninth where all were clean with these very kernels (`make emulate`).
-    parts = 9 if list(finished(ROWS, {(task := alone_task(architecture, 1)).name: task})) else 3
+    task = alone_task(architecture, seed=1)
+    parts = 9 if any(finished(ROWS, {task.name: task})) else 3
     options = ["--emulate", architecture, "--share", f"{number}/{parts}", "test_kernels.py", "test_kernels_backward.py"]
     RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options]
     for dtype in DTYPES:

@@ -103,7 +103,8 @@ def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
             module.in_channels, module.out_channels, 3, module.stride[0], 1, module.weight, module.bias
         ).eval()  # fmt: skip
     elif type(module) is PublishedClassifier:
-        module.__class__ = nn.Linear  # type: ignore[assignment] # which it is but for its start; hooks and what computes its weight stay
+        # Which it is but for its start: hooks, and what computes its weight, stay.
+        module.__class__ = nn.Linear  # type: ignore[assignment]
     done[module] = new
     if new is module:
         for name, child in list(module._modules.items()):

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ def alone_task(architecture: str, seed: int) -> Task:
     return Task("alone", architecture, "all", f"seed {seed}", partial(run_alone, architecture, seed), of)
 
 
+@cache
 def kernel_texts() -> list[str]:
     return [file.read_text("utf-8") for file in sorted(Path(configs.__file__).parent.glob("*.py"))]
 
