@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from helpers import error, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
@@ -62,3 +63,28 @@ class PlainLayer(nn.Module):
                 seen = torch.relu(self.reduce_norms[i](self.reduce[i](seen)))
             features.append(torch.relu(norm(conv(seen))))
         return torch.cat(features[1:], 1)
+
+
+def pair(dtype: torch.dtype = torch.float64, **options: object) -> tuple[sct.SeqConv2d, PlainLayer]:
+    """A layer of three groups, and the same in plain modules."""
+    layer = randomise(sct.SeqConv2d(6, 12, 4, dtype=dtype, **options))
+    return layer, PlainLayer(layer)
+
+
+def assert_alike(layer: sct.SeqConv2d, plain: PlainLayer, tolerance: float = 1e-10) -> None:
+    """One pass forward and backward: outputs, gradients, and all that the BNs hold afterwards."""
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    out, expected = layer(x), plain(x)
+    assert error(out, expected) < tolerance
+    wave = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
+    weights = [norm.weight for _, norm in plain.bn_modules() if isinstance(getattr(norm, "weight", None), nn.Parameter)]
+    got = torch.autograd.grad(out, [x, layer.transform_weight], wave)
+    wanted = torch.autograd.grad(expected, [x, *(conv.weight for conv in plain.transform), *weights], wave)
+    groups = len(plain.transform)
+    assert error(got[0], wanted[0]) < tolerance
+    assert error(got[1], torch.cat(wanted[1 : 1 + groups])) < tolerance
+    for which in ("norm", "reduce_norm") if plain.plan.bottleneck else ("norm",):
+        for vector in VECTORS:
+            found, value = getattr(getattr(layer, which), vector, None), plain.vector(which, vector)
+            assert (found is None) == (value is None), (which, vector)
+            assert found is None or error(found, value) < tolerance, (which, vector)

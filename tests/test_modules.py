@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import error, randomise
-from plain import VECTORS, PlainLayer
+from plain import VECTORS, pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,8 +73,7 @@ def test_no_images(backend: str, training: bool) -> None:
 
 def test_no_images_between_others() -> None:
     """A cumulative average counts the batches; hooks on the BNs are called for every one."""
-    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True, dtype=torch.float64))
-    plain, called = PlainLayer(layer), []
+    (layer, plain), called = pair(bottleneck=True), []
     for module in (layer, plain):
         for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm2d)):
             norm.momentum = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import error, randomise
-from plain import PlainLayer
+from plain import PlainLayer, pair
 from torch import Tensor, nn
 
 import seqconv_triton as sct
@@ -148,8 +148,7 @@ def listed(module: nn.Module) -> list[nn.Parameter]:
 
 
 def test_parts_whose_data_is_assigned() -> None:
-    layer = randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True, dtype=torch.float64))
-    plain = PlainLayer(layer)
+    layer, plain = pair(bottleneck=True)
     expected = sharpness_aware(plain, list(plain.parameters()), 10)
     assert expected[-1] < expected[0]
     for one, other in zip(sharpness_aware(layer, listed(layer), 10), expected, strict=True):
@@ -185,8 +184,7 @@ def test_parts_follow_a_whole_that_gets_other_memory(road: str) -> None:
 
 def test_optimizers_that_share_a_packed_weight() -> None:
     """Each clears its own parts of the gradient, whatever the order."""
-    layer = randomise(sct.SeqConv2d(6, 12, 4, dtype=torch.float64))
-    twin = PlainLayer(layer)
+    layer, twin = pair()
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     parts = [p for p in listed(layer) if p.dim() == 4]
     optimizers = [torch.optim.SGD(parts[:1], lr=0.1), torch.optim.SGD(parts[1:], lr=0.01)]
@@ -222,8 +220,8 @@ def test_gradients_that_somebody_kept_outlive_zero_grad() -> None:
 
 def test_a_loss_on_the_parts_themselves() -> None:
     """A penalty on just these matrices, in one backward pass with the model's loss, or alone."""
-    layer = randomise(sct.SeqConv2d(6, 12, 4, dtype=torch.float64))
-    plain, parts = PlainLayer(layer), listed(layer)
+    layer, plain = pair()
+    parts = listed(layer)
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     for alone in (False, True, False):
         for module, matrices in ((layer, parts), (plain, [conv.weight for conv in plain.transform])):
