@@ -181,6 +181,47 @@ def compiled() -> float:
     return worst(got, {name: value for name, value in expected.items() if name in got})
 
 
+def hooked(everywhere: bool) -> float:
+    """Hooks on the BNs of the first rank alone, as for logging: no rank waits; on all ranks: a loss on what they see.
+
+    Against one process with the whole batch.
+    """
+    x, upstream = batch(4)
+    own, seen = own_half(4), []
+
+    def stepped(model: nn.Module, inputs: Tensor, gradient: Tensor, hook: bool) -> dict[str, Tensor]:
+        norms = [norm for stage in model.stages for norm in (stage.norm, stage.reduce_norm) if norm is not None]
+        for norm in norms if hook else ():
+            norm.register_forward_hook(lambda module, args, out: seen.append(out))
+        loss = (model(inputs) * gradient).sum()
+        for out in seen if everywhere else ():
+            loss = loss + out.pow(3).sum()
+        seen.clear()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+    expected = stepped(network(), x, upstream, hook=everywhere)
+    model = sct.convert_sync_batchnorm(network())
+    got = stepped(model, x[own], upstream[own], hook=everywhere or dist.get_rank() == 0)
+    for _, parameter in model.named_parameters():
+        dist.all_reduce(parameter.grad)
+    return worst(got, expected)
+
+
+def in_parts() -> float:
+    """DDP of a model whose weights an optimizer has group by group: the steps of the whole weights."""
+    x, upstream = batch(8)
+    models = [DistributedDataParallel(network().eval(), gradient_as_bucket_view=True) for _ in range(2)]
+    for model, per_group in zip(models, (False, True), strict=True):
+        groups = sct.parameter_groups(model.module, weight_decay=0.1, per_group=per_group)
+        optimizer = torch.optim.SGD(groups, 0.01, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x[own_half(8)]) * upstream[own_half(8)]).sum().backward()
+            optimizer.step()
+    return worst(*(dict(model.module.named_parameters()) for model in models))
+
+
 def parallel(folder: Path) -> None:
     results = {}
     for backend, dtype, make in (
@@ -195,6 +236,8 @@ def parallel(folder: Path) -> None:
     results["static graph"] = synchronised("aten", 4, 2, torch.float64, network, static_graph=True)
     results["plain"] = plain("aten")
     results["no_sync"] = accumulated()
+    results["hooks on one rank"], results["hooks on all ranks"] = hooked(False), hooked(True)
+    results["parts"] = in_parts()
     results["unused"] = unused()
     results["zero"] = sharded_optimizer()
     results["fsdp train"], results["fsdp eval"] = sharded(True), sharded(False)

@@ -128,6 +128,41 @@ def test_outputs_follow_weights_changed_uncounted(road: Callable[[list[nn.Parame
         assert error(fused(x), expected) < 1e-5 and error(before, expected) > 1e-3
 
 
+def test_outputs_follow_tensors_of_ones_own() -> None:
+    """Those of functional_call are no parameters, and are packed for nobody who has not asked for it."""
+    stage = randomise(sct.Stage(Plan.stage(32, 16, 1, entry_channels=16)))
+    for fused in (sct.fuse(stage), sct.fuse(stage, pack=True)):
+        x, state = torch.randn(2, 16, 7, 9), {k: v.detach().clone() for k, v in fused.state_dict().items()}
+        with torch.no_grad():
+            before = torch.func.functional_call(fused, state, (x,))
+            for name in ("reduce_weight", "transform_weight"):
+                state[name].data.mul_(0.5)
+            with sct.use_backend("reference"):
+                expected = torch.func.functional_call(fused, state, (x,))
+            assert error(torch.func.functional_call(fused, state, (x,)), expected) < 1e-5
+            assert error(before, expected) > 1e-3
+
+
+def test_packed_models_are_packed_wherever_they_go() -> None:
+    """Copied, cast or moved, and compiled; what has come in by assignment is not, and right."""
+    fused, x = small_fused(), torch.randn(2, 16, 7, 9)
+
+    def packs(model: nn.Module) -> bool:
+        aten_packed.forget()
+        with torch.no_grad():
+            assert error(model(x), fused(x)) < 1e-5
+            aten_packed.forget()
+            model(x)
+        return len(aten_packed._remembered) > 0
+
+    expected = torch.backends.mkldnn.is_available()
+    for road in (copy.deepcopy, lambda model: copy.deepcopy(model).double().float(), torch.compile):
+        assert packs(road(fused)) == expected
+    assigned = small_fused()
+    assigned.load_state_dict(fused.state_dict(), assign=True)
+    assert not packs(assigned)
+
+
 def test_packed_models_have_no_parameters_to_train() -> None:
     """Nor do their state dicts differ; what is no layer of ours keeps its parameters."""
     model = randomise(sct.CifarSeqResNet(4, 1, bottleneck=True))

@@ -111,6 +111,55 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
                     assert all(p.is_meta for p in part.parameters(recurse=False))
 
 
+@facility("accelerate's layerwise casting: weights stored in bfloat16, computed with in float32")
+def test_cast_by_accelerate() -> None:
+    """Of convs and linear layers; a stage's weights, which are in neither, stay as they are."""
+    accelerate = library("accelerate")
+    model, x = randomise(small_imagenet()).eval(), torch.randn(2, 3, 40, 40)
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.to(torch.bfloat16).to(torch.float32)
+    with torch.no_grad():
+        expected = rounded(x)
+        accelerate.big_modeling.attach_layerwise_casting_hooks(
+            model, torch.bfloat16, torch.float32, skip_modules_pattern=[]
+        )
+        assert model.stem[0].weight.dtype == torch.bfloat16
+        assert error(model(x), expected) < 1e-6
+
+
+def test_hooks_of_accelerate_on_a_bn() -> None:
+    """They see what it returns, and cannot change it; weights that others bring are there."""
+    accelerate = library("accelerate")
+    seen = []
+
+    class Collect(accelerate.hooks.ModelHook):
+        factor = 1.0
+
+        def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+            seen.append(output)
+            return output * self.factor
+
+    layer = randomise(sct.SeqConv2d(6, 12, 4)).eval()
+    x, expected = torch.randn(2, 6, 4, 5), []
+    layer.norm.register_forward_hook(lambda module, args, out: expected.append(out))
+    with torch.no_grad():
+        out = layer(x)
+        layer.norm._forward_hooks.clear()
+        for offloaded in (False, True):
+            twin = copy.deepcopy(layer)
+            if offloaded:
+                accelerate.cpu_offload(twin, torch.device("cpu"), offload_buffers=True)
+            accelerate.hooks.add_hook_to_module(twin.norm, hook := Collect(), append=offloaded)
+            assert error(twin(x), out) < 1e-6
+            assert error(seen.pop(), expected[0]) < 1e-6 and not seen
+            hook.factor = 2.0
+            with pytest.raises(RuntimeError, match="a hook on norm"):
+                twin(x)
+            seen.clear()
+
+
 def test_features_of_timm_from_an_offloaded_model() -> None:
     accelerate, timm = library("accelerate"), library("timm")
     importlib.import_module("seqconv_triton.interop.timm")

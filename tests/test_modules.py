@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import error, randomise
 from plain import VECTORS, pair
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import seqconv_triton as sct
@@ -112,6 +113,27 @@ def test_code_behind_a_layer_may_view_it(backend: str) -> None:
         layer(x).view(2, -1).square().sum().backward()
         assert x.grad is not None and x.grad.shape == x.shape
         assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.to(memory_format=torch.channels_last).transpose(2, 3),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+        lambda x: x.to(memory_format=torch.channels_last)[:1].expand(3, -1, -1, -1),
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, ::2, 1:],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, :1, :1],
+        lambda x: x[:, :, :1, :1],
+        lambda x: x.permute(0, 3, 2, 1),
+    ],
+)
+def test_memory_format_is_that_of_a_conv(layout: Callable[[Tensor], Tensor]) -> None:
+    x = layout(torch.randn(3, 4, 5, 4))
+    conv, layer = nn.Conv2d(4, 8, 3, padding=1), sct.SeqConv2d(4, 8, 4).eval()
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            found, expected = (module(x).is_contiguous(memory_format=memory_format) for module in (layer, conv))
+            assert found == expected
 
 
 def test_hooks_on_the_last_bn() -> None:

@@ -231,6 +231,29 @@ class OwnStatistics(nn.Module):
         )
 
 
+class MovingStatistics(nn.BatchNorm2d):
+    """Computes with its running statistics, and then moves them: no frozen BN."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return out
+
+
+class OwnForward(nn.BatchNorm2d):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GroupNorm": lambda norm: nn.GroupNorm(2, norm.num_features),
     "LayerNorm": lambda norm: nn.LayerNorm(norm.num_features),
@@ -238,6 +261,8 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Identity": lambda norm: nn.Identity(),
     "SplitBatchNorm": SplitBatchNorm,
     "OwnStatistics": OwnStatistics,
+    "OwnForward": OwnForward,
+    "MovingStatistics": MovingStatistics,
 }
 
 
@@ -252,6 +277,47 @@ def test_what_is_no_bn_is_refused_by_name(other: str, kind: str, training: bool)
     with pytest.raises(TypeError, match=f"norm is a {other}"):
         sct.fuse(layer)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", ["OwnStatistics", "OwnForward", "MovingStatistics"])
+def test_what_is_no_bn_is_refused_in_half_precision(other: str, dtype: torch.dtype) -> None:
+    layer = replace(sct.SeqConv2d(6, 12, 4), OTHERS[other]).to(dtype)
+    with pytest.raises(TypeError, match=f"norm is a {other}"):
+        layer(torch.randn(2, 6, 4, 4).to(dtype))
+
+
+def test_no_module_at_all_is_refused_by_name() -> None:
+    layer = sct.SeqConv2d(6, 12, 4)
+    layer.norm = None
+    with pytest.raises(TypeError, match="norm is a NoneType, which is no BN"):
+        layer(torch.randn(2, 6, 4, 4))
+
+
+@pytest.mark.parametrize("make", [FrozenModule, FrozenSubclass, lambda norm: norm.eval()])
+def test_statistics_are_not_trained(make: Callable[[nn.Module], nn.Module]) -> None:
+    layer = sct.SeqConv2d(6, 12, 4)
+    layer.norm = make(layer.norm)
+    layer.norm.running_var.requires_grad_()
+    x = torch.randn(2, 6, 4, 4)
+    with pytest.raises(ValueError, match=r"norm\.running_var requires a gradient"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("make", [FrozenModule, FrozenSubclass, AlwaysInEvaluation])
+def test_frozen_where_tensors_have_no_values(make: Callable[[nn.Module], nn.Module], strict: bool) -> None:
+    """Exported, in either mode, before it has ever run; and on the meta device."""
+    layer = replace(randomise(sct.SeqConv2d(6, 12, 4, bottleneck=True)), make)
+    x = torch.randn(2, 6, 4, 4)
+    program = torch.export.export(layer, (x,), strict=strict)
+    assert error(program.module()(x), layer(x)) < 1e-6
+    assert layer.to("meta")(x.to("meta")).shape == (2, 12, 4, 4)
+    other = replace(sct.SeqConv2d(6, 12, 4), OwnForward).to("meta")
+    with pytest.raises(TypeError, match="norm is a OwnForward"):
+        other(x.to("meta"))
 
 
 def test_statistics_come_in_pairs() -> None:

@@ -81,20 +81,49 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 sum_over_ranks.register_autograd(_backward, setup_context=_save)
 
 
+class Known(NamedTuple):
+    """Mean and biased variance [C] over all ranks, and how many pixels those have."""
+
+    mean: Tensor
+    var: Tensor
+    pixels: Tensor
+
+
+class _AsKnown(torch.autograd.Function):
+    """A sum over ranks that is known already: no rank waits for another until its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, known: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return known.to(local.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.seqconv_triton.sum_over_ranks(grad, ctx.group), None, None
+
+
 def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str, known: Known | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """BN of x [N, C, H, W] over all ranks of a group, in plain differentiable PyTorch.
 
-    Returns the output, mean and biased variance, and the number of pixels of all ranks (float64).
+    Returns the output, mean and biased variance, and the number of pixels of all ranks (float64). With `known` a rank
+    may compute it that the others do not.
     """
-    total_over = torch.ops.seqconv_triton.sum_over_ranks
-    count = total_over(x.new_full((), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64), group)
+
+    def total_over(local: Tensor, total: Tensor | None) -> Tensor:
+        if total is None:
+            summed: Tensor = torch.ops.seqconv_triton.sum_over_ranks(local, group)
+            return summed
+        return _AsKnown.apply(local, total, group)  # type: ignore[no-untyped-call]
+
+    pixels = x.new_full((), x.shape[0] * x.shape[2] * x.shape[3], dtype=torch.float64)
+    count = total_over(pixels, None if known is None else known.pixels)
     total = count.to(weight.dtype)
     precise = x.to(weight.dtype)
-    mean = total_over(precise.sum((0, 2, 3)), group) / total
+    mean = total_over(precise.sum((0, 2, 3)), None if known is None else known.mean * total) / total
     centred = precise - mean[:, None, None]
-    var = total_over(centred.square().sum((0, 2, 3)), group) / total
+    var = total_over(centred.square().sum((0, 2, 3)), None if known is None else known.var * total) / total
     scale = weight * (var + eps).rsqrt()
     out = centred * scale[:, None, None] + bias[:, None, None]
     return out.to(x.dtype), mean.detach(), var.detach(), count

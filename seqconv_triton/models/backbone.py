@@ -13,6 +13,7 @@ from seqconv_triton.nn.classifier import PublishedClassifier
 from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.stem import StemConv2d
+from seqconv_triton.nn.watched import has_other_forward
 from seqconv_triton.ops.checks import check_network_input
 
 
@@ -63,8 +64,12 @@ class Backbone(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
-        # What a user puts in the first conv's place, an adapter around it, checks its input itself.
-        out: Tensor = self.stem(network_input(x, first.weight if isinstance(first, StemConv2d) else None))
+        # What a user puts in the first conv's place, an adapter around it, checks its input itself; and weights may
+        # come with the conv's forward.
+        weight = None
+        if isinstance(first, StemConv2d) and not (first._forward_pre_hooks or has_other_forward(first)):
+            weight = first.weight
+        out: Tensor = self.stem(network_input(x, weight))
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

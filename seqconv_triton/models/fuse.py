@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from seqconv_triton.backend.aten.packed import mark
 from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import foldable_groups
 from seqconv_triton.backend.packing import transform_weights, window_weights
@@ -48,7 +49,8 @@ def fuse(model: Model, *, pack: bool = False, plain: bool = False) -> Model:
     With `pack` the weights are meant to stay as they are, and become buffers. On a CPU the first evaluation in float32
     then lays them out for oneDNN and keeps that second copy, which makes small batches faster. `copy_`,
     `load_state_dict` and other in-place ops are still seen; writes to `weight.data`, to a NumPy view, or by another
-    process into shared memory are not.
+    process into shared memory are not. Tensors of your own, from `functional_call` or `load_state_dict(assign=True)`,
+    are not laid out.
 
     Raises TypeError for anything but a module, and for BNs that compute otherwise than BatchNorm2d does; ValueError for
     a model that is folded already, holds nothing to fold, computes its weights (parametrizations, pruning), has BNs
@@ -113,12 +115,13 @@ def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _freeze(module: PackedSeqConv) -> None:
-    """Parameters become buffers of the same names."""
+    """Parameters become buffers of the same names, marked as what stays."""
     for part in list(module.modules()):
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
                 del part._parameters[name]
                 part.register_buffer(name, parameter.detach())
+                mark(part.get_buffer(name))
 
 
 def _affine(name: str, norm: nn.Module, like: Tensor) -> Affine:

@@ -2,11 +2,13 @@
 
 # Annotations are not postponed: torch.fx copies those of a forward, and cannot pickle them as text.
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from seqconv_triton.backend.aten.packed import mark, stays
 from seqconv_triton.backend.contract import Convs, Norms, StageOutput, StatisticsMode
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.nn.computed import make_weights
@@ -78,6 +80,14 @@ class PackedSeqConv(nn.Module):
             if isinstance(norm, nn.BatchNorm2d | Affine):
                 norm.reset_parameters()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `fuse(model, pack=True)` has marked is still marked when it has been moved or cast."""
+        marked = [name for name, buffer in self.named_buffers() if stays(buffer)]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in marked:
+            mark(self.get_buffer(name))
+        return self
+
     def convs(self) -> Convs:
         """The conv weights as `ops.stage` takes them."""
         return Convs(self.reduce_weight, self.transform_weight, self.tail_weight)
@@ -93,7 +103,7 @@ class PackedSeqConv(nn.Module):
 
     def run(self, x: Tensor, shortcut: Tensor | None = None, *, keep_buffer: bool = False) -> StageOutput:
         """`ops.stage` with this module's parameters; updates the running statistics in training."""
-        put_back = fetch(self)
+        put_back = fetch(x, self)
         try:
             make_weights(self)
             return self._run(x, shortcut, keep_buffer)[0]
@@ -104,7 +114,7 @@ class PackedSeqConv(nn.Module):
         self, x: Tensor, shortcut: Tensor | None = None, keep_buffer: bool = False
     ) -> tuple[StageOutput, StageNorms]:
         """`run` where calling the module has made or brought its weights; also what was read from its BNs."""
-        put_back = fetch(self.norm, self.reduce_norm)
+        put_back = fetch(x, self.norm, self.reduce_norm)
         try:
             read = self.read_norms()
             return self._run_with(read, x, shortcut, keep_buffer), read
@@ -248,8 +258,14 @@ class Stage(PackedSeqConv):
 
 @leaf
 def laid_out_like(x: Tensor, out: Tensor) -> Tensor:
-    """A channels-last result; contiguous, as a plain conv's is, where the channels of x do not lie side by side."""
-    return out if x.stride(1) == 1 else out.contiguous()
+    """A channels-last result; contiguous, as a plain conv's is, where that would not take x for channels-last."""
+    return out if _is_channels_last(x) else out.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """As PyTorch's convs decide it: strides in the order of channels, columns, rows and images, gaps or not."""
+    (_, channels, height, width), (image, channel, row, column) = x.shape, x.stride()
+    return channel == 1 and column >= channels and row >= column * width and image >= row * height
 
 
 def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:

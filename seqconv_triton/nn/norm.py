@@ -7,10 +7,7 @@ SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or
 
 from __future__ import annotations
 
-import copy
-from enum import Enum
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +16,10 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
-from seqconv_triton.backend.ranks import batch_norm, group_name
+from seqconv_triton.backend.ranks import Known, batch_norm, group_name
 from seqconv_triton.nn.computed import make_weights
+from seqconv_triton.nn.frozen import VECTORS, eps_of, is_frozen
 from seqconv_triton.nn.leaf import leaf
-
-Module = TypeVar("Module", bound=nn.Module)
-VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Affine(nn.Module):
@@ -94,14 +89,18 @@ class StageNorms(NamedTuple):
 def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
     """The BN in a module; without an affine it is that of ones and zeros, on the device and in the dtype of `like`.
 
-    Raises TypeError, with the name, for a module that is no BN, ValueError for a BN with a mean or a variance alone.
+    Raises TypeError, with the name, for a module that is no BN, ValueError for a BN with a mean or a variance alone,
+    and where running statistics would need a gradient.
     """
     if isinstance(norm, Affine):
         return Reading(NormVectors(norm.weight, norm.bias), "folded", 0.0)
+    if not isinstance(norm, nn.Module):
+        raise TypeError(_no_batch_norm(name, norm))
     if not is_batch_norm(norm):
         if not is_frozen(norm):
             raise TypeError(_no_batch_norm(name, norm))
-        return Reading(NormVectors(*(getattr(norm, vector) for vector in VECTORS)), "running", _eps(norm))
+        _refuse_gradients(name, norm)
+        return Reading(NormVectors(*(getattr(norm, vector) for vector in VECTORS)), "running", eps_of(norm))
     assert isinstance(norm, _BatchNorm)
     make_weights(norm)
     mean, var = norm.running_mean, norm.running_var
@@ -110,7 +109,15 @@ def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
     ranks: Any = norm  # any SyncBatchNorm has a process_group
     group = group_name(ranks.process_group) if norm.training and hasattr(norm, "process_group") else ""
     mode: StatisticsMode = "batch" if norm.training or mean is None else "running"
+    if mode == "running":
+        _refuse_gradients(name, norm)
     return Reading(NormVectors(*affine(norm, like), mean, var), mode, norm.eps, group)
+
+
+def _refuse_gradients(name: str, norm: nn.Module) -> None:
+    for vector in VECTORS[2:]:
+        if getattr(norm, vector).requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}.{vector} requires a gradient, and statistics get none: requires_grad_(False)")
 
 
 def read_both(norm: nn.Module, reduce_norm: nn.Module | None, like: Tensor) -> StageNorms:
@@ -140,112 +147,7 @@ def is_batch_norm(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and any(forward is one for one in _FORWARDS)
 
 
-Flags = tuple[tuple[str, object], ...]
-_PLAIN = (bool, int, float, str, Enum, type(None))
-# Whether it is a frozen BN, by module, with the flags it was tried with: trying costs as much as a small layer.
-_frozen: WeakKeyDictionary[nn.Module, tuple[Flags, bool]] = WeakKeyDictionary()
-
-
-def is_frozen(norm: nn.Module) -> bool:
-    """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
-
-    That is tried out, on vectors that are not its own, and again when a flag of it has changed; where there are none,
-    one without `momentum` is believed.
-    """
-    return _is_frozen(norm, tuple((name, _flag(getattr(norm, name, None))) for name in _flag_names(norm)))
-
-
-def _flag(value: object) -> object:
-    """What may change what is computed; of a float, which torch.compile may not know, whether it is zero."""
-    if isinstance(value, float):
-        if value == 0:
-            return "zero"
-        return "not zero"
-    return value
-
-
-def _flag_names(norm: nn.Module) -> tuple[str, ...]:
-    """The attributes, its own and its class's, that may say what its forward does."""
-    kinds = type(norm).__mro__[: type(norm).__mro__.index(nn.Module)]
-    held = {name: value for holder in (*kinds, norm) for name, value in vars(holder).items()}
-    plain = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
-    return tuple(name for name in plain if name != "training")
-
-
-def _is_frozen(norm: nn.Module, flags: Flags) -> bool:
-    vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
-    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not _eps(norm) >= 0:
-        return False
-    if any(type(v) not in (Tensor, nn.Parameter) or v.is_meta for v in vectors):
-        return not hasattr(norm, "momentum")
-    if norm not in _frozen or _frozen[norm][0] != flags:
-        _frozen[norm] = flags, _acts_frozen(norm)
-    return _frozen[norm][1]
-
-
-# What torch.compiler.assume_constant_result does, which imports all of the compiler. The flags are read between the
-# two, so that a graph is compiled again when one of them changes.
-_flag_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _acts_frozen(norm: nn.Module) -> bool:
-    """As its class does with any vectors; one that keeps what it made of them, with its own."""
-    with torch.no_grad():
-        ramp = torch.linspace(-1, 1, len(norm.weight), dtype=torch.float64, device=norm.weight.device)  # type: ignore[arg-type]
-        others = (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2)
-        return _computes_with(norm, dict(zip(VECTORS, others, strict=True))) or _computes_with(norm, {})
-
-
-def _computes_with(norm: nn.Module, vectors: dict[str, Tensor]) -> bool:
-    """Whether its forward, in training, is that of a BN with fixed statistics, with some vectors exchanged."""
-    forward: Any = type(norm).forward  # hooks are not for this
-    probe = _copy(norm).train()
-    for name, vector in vectors.items():
-        getattr(probe, name).copy_(vector)
-    dtype = probe.weight.dtype
-    weight, bias, mean, var = (getattr(probe, name).double() for name in VECTORS)
-    x = torch.stack([mean - 3 * var.sqrt(), mean + var.sqrt()])[:, :, None, None].to(dtype)
-    expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, _eps(norm))
-    try:
-        found = forward(probe, x)
-    except Exception:  # of its own code
-        return False
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        return False
-    tolerance = 64 * torch.finfo(dtype).eps * (1 + expected.abs())
-    return bool(((found.double() - expected).abs() <= tolerance).all())
-
-
-def twin(module: Module) -> Module:
-    """Another module that holds the same: what is put into its parameters, buffers, modules or hooks is its own."""
-    new = copy.copy(module)
-    new.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
-    return new
-
-
-def _copy(module: nn.Module) -> Any:
-    """With tensors and modules of its own, and all else shared: not everything in a module can be copied."""
-    new = twin(module)
-    for held in (vars(new), *(value for value in vars(new).values() if isinstance(value, dict))):
-        held.update({name: _own(value) for name, value in held.items()})
-    return new
-
-
-def _own(value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(value.detach().clone(), requires_grad=False)
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return _copy(value) if isinstance(value, nn.Module) else value
-
-
-def _eps(norm: nn.Module) -> float:
-    eps: Any = getattr(norm, "eps", None)
-    return float(eps) if isinstance(eps, int | float) else -1.0
-
-
-def _no_batch_norm(name: str, norm: nn.Module) -> str:
+def _no_batch_norm(name: str, norm: object) -> str:
     kind = type(norm).__name__
     what = "computes otherwise than BatchNorm2d does" if isinstance(norm, _BatchNorm) else "is no BN"
     return (
@@ -266,8 +168,11 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
 
-def normalise(x: Tensor, bn: Reading, channels: slice = slice(None)) -> Tensor:
-    """Some channels of a BN applied to x [N, channels, H, W], with gradients through their batch statistics."""
+def normalise(x: Tensor, bn: Reading, channels: slice = slice(None), known: Known | None = None) -> Tensor:
+    """Some channels of a BN applied to x [N, channels, H, W], with gradients through their batch statistics.
+
+    `known` holds those of all ranks, where this rank alone computes it.
+    """
     weight, bias, mean, var = (None if vector is None else vector[channels] for vector in bn.vectors)
     assert weight is not None and bias is not None
     if bn.statistics == "folded":
@@ -275,7 +180,7 @@ def normalise(x: Tensor, bn: Reading, channels: slice = slice(None)) -> Tensor:
     if bn.statistics == "running":
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, bn.eps)
     if bn.group:
-        return batch_norm(x, weight, bias, bn.eps, bn.group)[0]
+        return batch_norm(x, weight, bias, bn.eps, bn.group, known)[0]
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, bn.eps)
 
 

@@ -9,7 +9,8 @@ BN's own must return what the stage computed with.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,27 +19,56 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
+from seqconv_triton.backend.ranks import Known, batch_norm
 from seqconv_triton.nn.computed import MAKERS
-from seqconv_triton.nn.norm import Reading, StageNorms, normalise
+from seqconv_triton.nn.frozen import VECTORS
+from seqconv_triton.nn.norm import Reading, StageNorms, affine, normalise, update_running
+from seqconv_triton.nn.norm import read as read_norm
 from seqconv_triton.plan import Plan
 
 # How far apart two computations of one BN may be, relative; in half precision 0.1. For a forward in its own's place.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-def fetch(*norms: nn.Module | None) -> Callable[[], None]:
-    """Bring weights that accelerate brings for a module's forward alone; the result takes them away again."""
-    offloaded: list[tuple[nn.Module, Any]] = [
-        (norm, norm.__dict__["_hf_hook"]) for norm in norms if norm is not None and "_hf_hook" in norm.__dict__
-    ]
-    for norm, hook in offloaded:
+def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
+    """Bring weights that are brought for a module's own forward alone; the result takes them away again.
+
+    By accelerate, or by whoever has a pre-forward hook, where they are missing; then the BN is watched, and its forward
+    hooks will take them away.
+    """
+    brought: list[tuple[nn.Module, Any]] = []
+    for norm in norms:
+        if norm is None:
+            continue
+        of_accelerate = _hooks_of_accelerate(norm)
+        brought += [(norm, hook) for hook in of_accelerate if _brings_weights(hook)]
+        if not of_accelerate and not x.is_meta and _lacks_weights(norm):
+            for number, hook in list(norm._forward_pre_hooks.items()):
+                keywords: tuple[Any, ...] = ({},) if number in norm._forward_pre_hooks_with_kwargs else ()
+                hook(norm, (x.new_empty((0, 1, 1, 1)),), *keywords)
+    for norm, hook in brought:
         hook.pre_forward(norm)
 
     def put_back() -> None:
-        for norm, hook in offloaded:
+        for norm, hook in reversed(brought):
             hook.post_forward(norm, None)
 
     return put_back
+
+
+def _lacks_weights(norm: nn.Module) -> bool:
+    vectors = (getattr(norm, vector, None) for vector in VECTORS)
+    return any(isinstance(vector, Tensor) and (vector.is_meta or vector.numel() == 0) for vector in vectors)
+
+
+def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _brings_weights(hook: Any) -> bool:
+    """Which those of accelerate do; other hooks of its kind want to see what goes in and comes out."""
+    return any(kind.__name__ in ("AlignDevicesHook", "LayerwiseCastingHook") for kind in type(hook).__mro__)
 
 
 def watched(module: nn.Module | None) -> bool:
@@ -47,7 +77,10 @@ def watched(module: nn.Module | None) -> bool:
         return False
     before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, MAKERS)]
     hooks = before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or (has_other_forward(module) and "_hf_hook" not in module.__dict__)
+    of_accelerate = _hooks_of_accelerate(module)
+    if of_accelerate:
+        return bool(hooks) or not all(_brings_weights(hook) for hook in of_accelerate)
+    return bool(hooks) or has_other_forward(module)
 
 
 def has_other_forward(module: nn.Module) -> bool:
@@ -68,54 +101,113 @@ def show(
 ) -> None:
     """Call those of a stage's BNs that are `shown` on what they would have been called on; `output` has the buffer.
 
-    They are named, since a hook may take itself or others away. Raises NotImplementedError for backward hooks,
-    RuntimeError where a hook changes what goes in or comes out, or a forward returns something else.
+    They are named, since a hook may take itself or others away. Raises NotImplementedError for hooks that wait for a
+    gradient, RuntimeError where a hook changes what goes in or comes out or what the BN computes with, or a forward
+    returns something else.
     """
-    raw, batch = output.buffer, output.statistics
+    raw = output.buffer
     assert raw is not None
     offset = plan.total_channels - plan.normalized_channels
-    mean, var, inner_mean, inner_var = (None,) * 4 if batch is None else batch
-    if norm in shown:
-        _call("norm", norm, raw[:, offset:], read.main, mean, var)
+    batch = inner_batch = None
+    if output.statistics is not None:
+        mean, var, inner_mean, inner_var = output.statistics
+        count = raw.new_empty(()) if output.counts is None else output.counts.sum()
+        batch = Known(mean, var, count)
+        inner_batch = None if inner_mean is None or inner_var is None else Known(inner_mean, inner_var, count)
+    reduced = None
     if reduce_norm is not None and read.inner is not None and reduce_weight is not None and reduce_norm in shown:
-        seen = torch.cat([raw[:, :offset], normalise(raw[:, offset:], read.main).relu()], 1)
+        # Before a hook may change the other BN.
+        seen = torch.cat([raw[:, :offset], normalise(raw[:, offset:], read.main, known=batch).relu()], 1)
         reduced = _reduced(seen, reduce_weight, plan, mask)
-        _call("reduce_norm", reduce_norm, reduced, read.inner, inner_mean, inner_var)
+    if norm in shown:
+        _call("norm", norm, raw[:, offset:], read.main, batch)
+    if reduced is not None and reduce_norm is not None and read.inner is not None:
+        _call("reduce_norm", reduce_norm, reduced, read.inner, inner_batch)
 
 
-def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, mean: Tensor | None, var: Tensor | None) -> None:
-    """Call a BN on its features [N, channels, H, W]; mean and var are the batch's, where the stage has used those."""
+def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, batch: Known | None) -> None:
+    """Call a BN on its features [N, channels, H, W]; `batch` are their statistics, where the stage has used those."""
+    no_gradient = NotImplementedError(
+        f"{name} has backward hooks, or a hook on it waits for the gradient of what it was given, and none passes it: "
+        "a stage computes its BNs itself. Hook the stage, or take torch.autograd.grad with respect to "
+        "stage.run(x, keep_buffer=True).buffer, the raw features"
+    )
     if (norm._backward_hooks or norm._backward_pre_hooks) and torch.is_grad_enabled() and raw.requires_grad:
-        raise NotImplementedError(
-            f"{name} has backward hooks, and no gradient passes it: a stage computes its BNs itself. Hook the stage, "
-            "or take torch.autograd.grad with respect to stage.run(x, keep_buffer=True).buffer, the raw features"
-        )
+        raise no_gradient
     from torch._subclasses import FakeTensor  # brings Triton
 
     if torch.compiler.is_compiling() or raw.is_meta or isinstance(raw, FakeTensor):  # there is nothing to compare
         norm(raw)
         return
     calls: list[tuple[Tensor, Tensor]] = []
-    given, thread = raw.detach().clone(), threading.get_ident()
+    given, thread, replaced = raw.detach().clone(), threading.get_ident(), has_other_forward(norm)
+    bn = bn._replace(vectors=NormVectors._make(None if v is None else v.detach().clone() for v in bn.vectors))
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module is norm and threading.get_ident() == thread and not _as_read(read_norm(name, norm, raw), bn):
+            raise RuntimeError(
+                f"a hook on {name} changes what its BN computes with, its mode, eps, weights or statistics: a stage "
+                "computes its BNs itself and has read them already; change them before the stage is called"
+            )
 
     def note(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
         if module is norm and threading.get_ident() == thread:  # others see this hook, too
             calls.append((inputs[0], out.detach().clone()))
 
-    handle = norm.register_forward_hook(note, prepend=True)
+    handles = norm.register_forward_pre_hook(before), norm.register_forward_hook(note, prepend=True)
     try:
-        out = norm(raw)
+        with _without_other_ranks(norm, bn, batch) if bn.group and not replaced else nullcontext():
+            out = norm(raw)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     (seen, own), *more = calls
     unchanged = not more and _same(seen, given) and _same(out, own)
-    if has_other_forward(norm):
-        unchanged = unchanged and _close(own.double(), _expected(raw, bn, mean, var), TOLERANCE.get(raw.dtype, 0.1))
+    if replaced:
+        unchanged = unchanged and _close(own.double(), _expected(raw, bn, batch), TOLERANCE.get(raw.dtype, 0.1))
     if not unchanged:
         raise RuntimeError(
             f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
             "computes its BNs itself and cannot use that"
         )
+    if any(tensor._backward_hooks or tensor.retains_grad for tensor in (raw, out) if tensor.requires_grad):
+        raise no_gradient
+
+
+def _as_read(now: Reading, then: Reading) -> bool:
+    """Whether a BN would compute with what a stage has read; but for the last bits of weights that are computed."""
+    used = 4 if then.statistics == "running" else 2
+    if (now.statistics, now.eps, now.group) != (then.statistics, then.eps, then.group):
+        return False
+    for one, other in zip(now.vectors[:used], then.vectors[:used], strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif one.shape != other.shape or not torch.allclose(one.to(other.dtype), other, 1e-5, 0, equal_nan=True):
+            return False
+    return True
+
+
+@contextmanager
+def _without_other_ranks(norm: Any, bn: Reading, batch: Known | None) -> Iterator[None]:
+    """Its forward takes the statistics of all ranks as the stage has found them: others may have no hooks to call."""
+    before, thread = norm.__dict__.get("forward"), threading.get_ident()
+
+    def forward(x: Tensor) -> Any:
+        if threading.get_ident() != thread:
+            return type(norm).forward(norm, x)
+        out, mean, var, count = batch_norm(x, *affine(norm, x), bn.eps, bn.group, batch)
+        update_running(norm, mean, var, count)
+        return out
+
+    norm.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del norm.__dict__["forward"]
+        else:
+            norm.__dict__["forward"] = before
 
 
 def _same(one: object, other: Tensor) -> bool:
@@ -128,10 +220,10 @@ def _same(one: object, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _expected(raw: Tensor, bn: Reading, mean: Tensor | None, var: Tensor | None) -> Tensor:
+def _expected(raw: Tensor, bn: Reading, batch: Known | None) -> Tensor:
     """What a stage computed with, in float64."""
-    if mean is not None:
-        bn = bn._replace(vectors=bn.vectors._replace(mean=mean, var=var), statistics="running")
+    if batch is not None:
+        bn = bn._replace(vectors=bn.vectors._replace(mean=batch.mean, var=batch.var), statistics="running")
     # Of a network in half precision the batch's vectors are wider than its own.
     wide = torch.promote_types(raw.dtype, torch.float32)
     weight, bias, *statistics = (None if vector is None else vector.to(wide) for vector in bn.vectors)

@@ -1,8 +1,8 @@
 """Weights of fused stages as oneDNN lays them out, so that an evaluation does not reorder them again.
 
-Only what `fuse(model, pack=True)` has made is remembered, whose weights are no parameters: they stay as they are. An
-entry lives as long as the memory of its 3×3 weight, and counts only while every weight is the same tensor in the same
-memory and has not changed since, by PyTorch's own count of in-place changes.
+Only what `fuse(model, pack=True)` has made is remembered, whose weights are marked: they are meant to stay as they
+are. An entry lives as long as the memory of its 3×3 weight, and counts only while every weight is the same tensor in
+the same memory and has not changed since, by PyTorch's own count of in-place changes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from seqconv_triton.backend.folding import Folding
     from seqconv_triton.plan import Plan
 
+MARK = "_seqconv_triton_stays"
 _remembered = WeakIdKeyDictionary()  # storage of a 3×3 weight → by offset: what it counts for, and the packed groups
 
 
@@ -28,8 +29,8 @@ def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int]
     """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
     main, inner = stage.norms
     weights = [weight for weight in (*stage.convs, *main, *(inner or ())) if weight is not None]
-    # Optimizers and others change parameters uncounted; nobody counts changes in inference mode.
-    if any(isinstance(weight, torch.nn.Parameter) or weight.is_inference() for weight in weights):
+    # Others may be changed uncounted, and nobody counts changes in inference mode.
+    if any(weight.is_inference() or not stays(weight) for weight in weights):
         return folding.group
     key = folding.plan, folding.place, [identity(weight) for weight in weights]
     transform = stage.convs.transform
@@ -40,6 +41,15 @@ def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int]
         entries[transform.storage_offset()] = remembered
     groups: list[GroupWeights] = remembered[1]
     return groups.__getitem__
+
+
+def mark(weight: Tensor) -> None:
+    """Say that nobody will change a weight uncounted; copies of it are marked, what is computed from it is not."""
+    setattr(weight, MARK, True)
+
+
+def stays(weight: Tensor) -> bool:
+    return hasattr(weight, MARK)
 
 
 def identity(weight: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,132 @@
+"""Frozen BNs by whomever: which modules are one, in training too. That is tried out, since any code may be one."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from enum import Enum
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+Module = TypeVar("Module", bound=nn.Module)
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+Flags = tuple[tuple[str, object], ...]
+_PLAIN = (bool, int, float, str, Enum, type(None))
+# Whether it is a frozen BN, by module, with the flags it was tried with: trying costs as much as a small layer.
+_frozen: WeakKeyDictionary[nn.Module, tuple[Flags, bool]] = WeakKeyDictionary()
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """A BN with fixed statistics, in training too: it has weight, bias, running_mean, running_var, eps, and uses them.
+
+    That is tried out, on vectors that are not its own, and again when a flag of it has changed; where there are none,
+    one without `momentum` is believed.
+    """
+    return _is_frozen(norm, tuple((name, _flag(getattr(norm, name, None))) for name in _flag_names(norm)))
+
+
+def _flag(value: object) -> object:
+    """What may change what is computed; of a float, which torch.compile may not know, whether it is zero."""
+    if isinstance(value, float):
+        if value == 0:
+            return "zero"
+        return "not zero"
+    return value
+
+
+def _flag_names(norm: nn.Module) -> tuple[str, ...]:
+    """The attributes, its own and its class's, that may say what its forward does."""
+    kinds = type(norm).__mro__[: type(norm).__mro__.index(nn.Module)]
+    held = {name: value for holder in (*kinds, norm) for name, value in vars(holder).items()}
+    plain = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
+    return tuple(name for name in plain if name != "training")
+
+
+def _is_frozen(norm: nn.Module, flags: Flags) -> bool:
+    vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
+    if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not eps_of(norm) >= 0:
+        return False
+    if norm in _frozen and _frozen[norm][0] == flags:
+        return _frozen[norm][1]
+    # Where it is exported or on the meta device there are no values; those of the trial are put there.
+    without_values = any(type(v) not in (Tensor, nn.Parameter) or v.is_meta for v in vectors)
+    with _disable_current_modes() if without_values else nullcontext():
+        frozen = _acts_frozen(norm)
+    if not without_values:
+        _frozen[norm] = flags, frozen
+    return frozen or (without_values and not hasattr(norm, "momentum"))
+
+
+# What torch.compiler.assume_constant_result does, which imports all of the compiler. The flags are read between the
+# two, so that a graph is compiled again when one of them changes.
+_flag_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _acts_frozen(norm: nn.Module) -> bool:
+    """As its class does with any vectors; one that keeps what it made of them, with its own."""
+    with torch.no_grad():
+        ramp = torch.linspace(-1, 1, len(norm.weight), dtype=torch.float64)  # type: ignore[arg-type]
+        others = (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2)
+        probe = _copy(norm).train()
+        if probe.weight.dtype in (torch.bfloat16, torch.float16):  # too coarse to tell one BN from another
+            probe.float()
+        for name, vector in zip(VECTORS, others, strict=True):
+            getattr(probe, name).copy_(vector)
+        return _computes_with(norm, probe) or _computes_with(norm, _copy(norm).train())
+
+
+def _computes_with(norm: nn.Module, probe: Any) -> bool:
+    """Whether its class's forward, on a copy of it in training, is that of a BN with fixed statistics, and moves none.
+
+    Its pixels are far from the mean: by their own statistics they would all be within one deviation of it.
+    """
+    forward: Any = type(norm).forward  # hooks are not for this
+    dtype = probe.weight.dtype
+    weight, bias, mean, var = (getattr(probe, name).double() for name in VECTORS)
+    x = torch.stack([mean - 30 * var.sqrt(), mean - 10 * var.sqrt()])[:, :, None, None].to(dtype)
+    expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, eps_of(norm))
+    held = [(tensor, tensor.clone()) for tensor in (*probe.parameters(), *probe.buffers())]
+    try:
+        found = forward(probe, x)
+    except Exception:  # of its own code
+        return False
+    if not isinstance(found, Tensor) or found.shape != x.shape or not all(torch.equal(*pair) for pair in held):
+        return False
+    tolerance = 64 * torch.finfo(dtype).eps * (1 + expected.abs())
+    return bool(((found.double() - expected).abs() <= tolerance).all())
+
+
+def twin(module: Module) -> Module:
+    """Another module that holds the same: what is put into its parameters, buffers, modules or hooks is its own."""
+    new = copy.copy(module)
+    new.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
+    return new
+
+
+def _copy(module: nn.Module) -> Any:
+    """With tensors and modules of its own, and all else shared: not everything in a module can be copied."""
+    new = twin(module)
+    for held in (vars(new), *(value for value in vars(new).values() if isinstance(value, dict))):
+        held.update({name: _own(value) for name, value in held.items()})
+    return new
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if type(value) in (Tensor, nn.Parameter) and not value.is_meta:
+            own = value.detach().clone()
+        else:
+            own = torch.zeros(value.shape, dtype=value.dtype)
+        return nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+    return _copy(value) if isinstance(value, nn.Module) else value
+
+
+def eps_of(norm: nn.Module) -> float:
+    eps: Any = getattr(norm, "eps", None)
+    return float(eps) if isinstance(eps, int | float) else -1.0
