@@ -13,12 +13,12 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test libraries emulate facilities timm lint docs bench gpu format clean
+.PHONY: help demo test slow libraries emulate facilities timm lint docs bench gpu format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  ARGS="..."     passed on to demo, test, emulate, bench or gpu:  make test ARGS="-k plan -x"'
+	@echo '  ARGS="..."     passed on to demo, test, slow, emulate, bench or gpu:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
 demo: $(READY) ## Measure B42 beside the concatenating code, then train on handwritten digits; pictures in out/
@@ -26,8 +26,11 @@ demo: $(READY) ## Measure B42 beside the concatenating code, then train on handw
 	$(VENV) -m recipes.demo $(ARGS)
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
-test: $(READY) ## Run the tests
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup $(ARGS)
+test: $(READY) ## Run the tests, but for larger cases of what smaller ones test too
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+
+slow: $(READY) ## Run those larger cases (tests/slow.py)
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 # With the torch that torchvision is built for, gigabytes on Linux: in an environment of its own.
 libraries: $(LIBRARIES) ## Run the tests that need timm, torchvision, accelerate, fvcore, torchao and others

@@ -13,12 +13,18 @@ from types import ModuleType
 import pytest
 import torch
 from interpreter import replace_builtins_once_a_launch
+from slow import mark_slow
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic mode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
 
 collect_ignore = ["emulator"]  # in processes of their own, where Triton compiles: test_emulator.py
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
+
 
 PLACES = {"cpu": ("aten", "cpu"), "interpreter": ("triton", "cpu"), "gpu": ("triton", "cuda")}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,31 +15,35 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 # In a process without the interpreter: the kernels of all ImageNet models; of those that differ only in what they add
 # or skip, the one that does most.
 PROGRAM = """
-import sys, torch
+import json, sys, torch
 import seqconv_triton as sct
 from bench import compiled, results
 from seqconv_triton.tools.ahead import SHARED_LIMIT, compile_launch, launches
 
-architecture, dtype, part = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
-row = next(r for r in results.read_json(compiled.FILE)["rows"] if [r["architecture"], r["dtype"]] == sys.argv[1:3])
-parts = 8 if not row["faults"] and compiled.holds(row) else 2
-print(parts)
-chosen = {}
-models = [("seqresnet_b42", 224), ("seqresnet_b22", 224), ("seqresnext_24", 224)]
-if architecture in ("sm_80", "sm_86"):  # whose narrow tiles have spilled
-    models.append(("cifar_seqresnet_b_r7_k16", 32))
-for name, size in models:
-    for item in launches(sct.create_model(name, device="meta"), size, 32, dtype, architecture):
-        constants = dict(item.constants)
-        sides = "KERNEL", "STRIDE", "WINDOWS", "ROW_TILE", "BLOCK_P", "BLOCK_M", "BLOCK_N", "BLOCK_K"
-        key = (item.name, *(constants.get(side) for side in sides))
-        flags = sum(kind != "constexpr" for _, kind in item.signature)
-        if key not in chosen or flags > chosen[key][0]:
-            chosen[key] = flags, item
-for _, item in list(chosen.values())[part % parts :: parts]:
-    result = compile_launch(item, architecture)
-    fits = result.shared <= SHARED_LIMIT[architecture]
-    print(item.name, result.instruction, result.spills, fits, result.narrow_loads, item.constants)
+found = {}
+rows = {(row["architecture"], row["dtype"]): row for row in results.read_json(compiled.FILE)["rows"]}
+for part, (architecture, dtype) in enumerate(json.loads(sys.argv[1])):
+    row = rows[architecture, dtype]
+    parts = 16 if not row["faults"] and compiled.holds(row) else 2
+    chosen = {}
+    models = [("seqresnet_b42", 224), ("seqresnet_b22", 224), ("seqresnext_24", 224)]
+    if architecture in ("sm_80", "sm_86"):  # whose narrow tiles have spilled
+        models.append(("cifar_seqresnet_b_r7_k16", 32))
+    for name, size in models:
+        for item in launches(sct.create_model(name, device="meta"), size, 32, getattr(torch, dtype), architecture):
+            constants = dict(item.constants)
+            sides = "KERNEL", "STRIDE", "WINDOWS", "ROW_TILE", "BLOCK_P", "BLOCK_M", "BLOCK_N", "BLOCK_K"
+            key = (item.name, *(constants.get(side) for side in sides))
+            flags = sum(kind != "constexpr" for _, kind in item.signature)
+            if key not in chosen or flags > chosen[key][0]:
+                chosen[key] = flags, item
+    lines = found[f"{architecture} {dtype}"] = []
+    for _, item in list(chosen.values())[part % parts :: parts]:
+        result = compile_launch(item, architecture)
+        fits = result.shared <= SHARED_LIMIT[architecture]
+        lines.append([item.name, result.instruction, result.spills, fits, result.narrow_loads, str(item.constants)])
+    assert len(lines) >= len(chosen) // parts > 0
+print(json.dumps(found))
 """
 
 # The kernels do not depend on batch and image size, nor on how many groups a dense layer has.
@@ -62,8 +68,8 @@ MATRIX = {
     "sm_120": {"HMMA"},
     "gfx942": {"v_mfma"},
 }
-# Every architecture, and every dtype; of each every second kernel, or every eighth where `python -m bench compiled` has
-# compiled all of these very kernels, which takes it hours. float32 is TF32 here, as PyTorch's convolutions are.
+# Every architecture, and every dtype; of each every second kernel, or every sixteenth where `python -m bench compiled`
+# has compiled all of these very kernels, which takes it hours. float32 is TF32 here, as PyTorch's convolutions are.
 COMPILED = [
     ("sm_80", "bfloat16"), ("sm_86", "float16"), ("sm_89", "float32"), ("sm_90", "bfloat16"), ("sm_90", "float32"),
     ("sm_100", "float16"), ("sm_120", "bfloat16"), ("gfx942", "bfloat16"),
@@ -78,19 +84,22 @@ def without_interpreter(program: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[Any]]:
+    """What one process has compiled, for all architectures."""
+    found: dict[str, list[Any]] = json.loads(without_interpreter(PROGRAM, json.dumps(COMPILED)))
+    return found
+
+
+@pytest.mark.xdist_group("ahead")
 @pytest.mark.parametrize(("architecture", "dtype"), COMPILED)
-def test_kernels_compile(architecture: str, dtype: str) -> None:
-    part = COMPILED.index((architecture, dtype))
-    parts, *lines = without_interpreter(PROGRAM, architecture, dtype, str(part)).splitlines()
-    rows = [line.split() for line in lines]
-    assert len(rows) > 30 / int(parts)
-    for name, instruction, spills, fits, narrow, *constants in rows:
+def test_kernels_compile(architecture: str, dtype: str, compiled: dict[str, list[Any]]) -> None:
+    rows = compiled[f"{architecture} {dtype}"]
+    for name, instruction, spills, fits, narrow, constants in rows:
         if name in ("convolution", "transposed", "pull", "weight_gradient"):
             assert instruction in MATRIX[architecture], (name, instruction)
-            assert narrow == "0", (
-                f"{name} loads single elements {narrow} times: the compiler does not know an alignment"
-            )
-        assert spills == "0" and fits == "True", (name, spills, fits, constants)
+            assert narrow == 0, f"{name} loads single elements {narrow} times: the compiler does not know an alignment"
+        assert spills == 0 and fits, (name, spills, fits, constants)
     if architecture == "sm_90":  # the wide instruction in most kernels, not only Ampere's
         assert sum(row[1] == "HGMMA" for row in rows) > len(rows) / 2
 

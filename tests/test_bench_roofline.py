@@ -217,7 +217,6 @@ def test_ceilings_come_back_from_a_results_file() -> None:
     assert ceilings.restored(None) is None
 
 
-@pytest.mark.slow
 def test_dry_run_counts_what_it_compiles() -> None:
     """In a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -203,7 +203,6 @@ def test_batch_of_one_is_one_more(training: bool) -> None:
 
 
 @facility("Dynamic batch and image size: batch 1, 2, 8, 17 at three sizes without compiling again")
-@pytest.mark.slow
 def test_generated_code_asks_for_no_shape() -> None:
     """Inductor may add guards of its own, and an ImageNet stem has BN and strides; 96 and up, as docs/ says."""
     shapes = [(2, 96), (17, 96), (8, 128), (2, 112), (17, 128)]
@@ -298,7 +297,6 @@ def test_graph_nodes_are_bounded() -> None:
 
 
 @facility("Compiling SeqResNet-B42 cold: at most 160 graph nodes, 40 s of processor time, as two cores have in 20 s")
-@pytest.mark.slow
 def test_cold_compilation_is_cheap(record_property: Callable[[str, object], None]) -> None:
     """Processor time, as others may be using the cores: two cores have 40 s of it to give in 20 s."""
     done = subprocess.run(

@@ -111,7 +111,6 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
                     assert all(p.is_meta for p in part.parameters(recurse=False))
 
 
-@facility("accelerate's layerwise casting: weights stored in bfloat16, computed with in float32")
 def test_cast_by_accelerate() -> None:
     """Of convs and linear layers; a stage's weights, which are in neither, stay as they are."""
     accelerate = library("accelerate")

@@ -83,14 +83,14 @@ def test_plain_ddp(errors: dict[str, float], case: str) -> None:
     assert errors[case] < 1e-10
 
 
-@facility("Hooks on synchronised BNs: on one rank alone, and with a loss on what they see on all")
+@facility("sct.convert_sync_batchnorm under DDP: two ranks equal one with the whole batch")
 @places
 @pytest.mark.parametrize("case", ["hooks on one rank", "hooks on all ranks"])
 def test_hooks_on_synchronised_bns(errors: dict[str, float], case: str) -> None:
     assert errors[case] < 1e-10
 
 
-@facility("Matrix-wise optimizers under DDP: sct.parameter_groups(per_group=True) of a wrapped model")
+@facility("Matrix-wise optimizers (Muon, LARS): sct.parameter_groups(per_group=True) steps as separate convs do")
 @places
 def test_parts_under_ddp(errors: dict[str, float]) -> None:
     assert errors["parts"] < 1e-10

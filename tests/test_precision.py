@@ -122,7 +122,6 @@ def test_whole_model_in_bfloat16(place: torch.device, training: bool) -> None:
 
 
 @facility("200 steps on the demo's digits in bfloat16 autocast end within noise of float32")
-@pytest.mark.slow
 def test_bfloat16_training_follows_float32() -> None:
     """Noise is what another seed makes of float32 training; bfloat16 may not be further away than that."""
     digits = pytest.importorskip("recipes.training.digits", reason="scikit-learn is not installed").load()

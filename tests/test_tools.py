@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import slow
 import torch
 import torch.distributed as dist
 from helpers import error, everything, randomise
@@ -195,6 +196,12 @@ def test_layers_under_vmap() -> None:
     for backend in ("aten", "reference"):
         with sct.use_backend(backend):
             assert error(torch.func.vmap(layer)(x), expected) < 1e-6
+
+
+def test_every_slow_test_exists(request: pytest.FixtureRequest) -> None:
+    if any("::" in argument for argument in request.config.args):
+        pytest.skip("of this file not all was collected")
+    assert not slow.missing()
 
 
 def test_the_table_of_facilities_is_that_of_the_tests() -> None:

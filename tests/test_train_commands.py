@@ -137,7 +137,6 @@ def test_speed_settings_train(settings: dict[str, object], tmp_path: Path) -> No
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-@pytest.mark.slow
 def test_compiled_training(tmp_path: Path) -> None:
     """--compile: the same figures within rounding, and a checkpoint under the same names."""
     settings = dict(epochs=1, model_options={"group_width": 4, "widen": 1, "dropout": 0})
