@@ -124,6 +124,7 @@ def test_code_behind_a_layer_may_view_it(backend: str) -> None:
         lambda x: x.to(memory_format=torch.channels_last)[:, :, ::2, 1:],
         lambda x: x.to(memory_format=torch.channels_last)[:, :, :1, :1],
         lambda x: x[:, :, :1, :1],
+        lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, ::2],
         lambda x: x.permute(0, 3, 2, 1),
     ],
 )

@@ -246,6 +246,15 @@ class MovingStatistics(nn.BatchNorm2d):
         return out
 
 
+class ReplacedStatistics(MovingStatistics):
+    def forward(self, x: Tensor) -> Tensor:
+        out = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.detach().mean((0, 2, 3))
+        return out
+
+
 class OwnForward(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__(norm.num_features)
@@ -263,6 +272,7 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "OwnStatistics": OwnStatistics,
     "OwnForward": OwnForward,
     "MovingStatistics": MovingStatistics,
+    "ReplacedStatistics": ReplacedStatistics,
 }
 
 
@@ -315,9 +325,29 @@ def test_frozen_where_tensors_have_no_values(make: Callable[[nn.Module], nn.Modu
     program = torch.export.export(layer, (x,), strict=strict)
     assert error(program.module()(x), layer(x)) < 1e-6
     assert layer.to("meta")(x.to("meta")).shape == (2, 12, 4, 4)
-    other = replace(sct.SeqConv2d(6, 12, 4), OwnForward).to("meta")
-    with pytest.raises(TypeError, match="norm is a OwnForward"):
-        other(x.to("meta"))
+    with torch.device("meta"):
+        assert replace(sct.SeqConv2d(6, 12, 4), make)(torch.empty(2, 6, 4, 4)).shape == (2, 12, 4, 4)
+
+
+@pytest.mark.parametrize("kind", [OwnForward, OwnStatistics, MovingStatistics, ReplacedStatistics])
+def test_what_is_no_bn_is_refused_where_tensors_have_no_values(kind: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = replace(sct.SeqConv2d(6, 12, 4), kind), torch.randn(2, 6, 4, 4)
+    with pytest.raises(Exception, match=f"norm is a {kind.__name__}"):
+        torch.export.export(layer, (x,), strict=False)
+    with pytest.raises(TypeError, match=f"norm is a {kind.__name__}"):
+        layer.to("meta")(x.to("meta"))
+
+
+def test_weights_of_zeros_tell_no_bn_from_another() -> None:
+    """As they are where training starts from identity blocks."""
+    layer = replace(sct.SeqConv2d(6, 12, 4), OwnStatistics)
+    layer.norm.weight.data.zero_()
+    with pytest.raises(TypeError, match="norm is a OwnStatistics"):
+        layer(torch.randn(2, 6, 4, 4))
+    frozen = replace(sct.SeqConv2d(6, 12, 4), FrozenModule)
+    frozen.norm.weight.data.zero_()
+    frozen.norm.register_buffer("other", torch.full((3,), torch.nan))
+    assert not frozen(torch.randn(2, 6, 4, 4)).any()
 
 
 def test_statistics_come_in_pairs() -> None:

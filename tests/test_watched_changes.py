@@ -11,8 +11,11 @@ from helpers import error, randomise, small_imagenet
 from plain import pair
 from test_watched import LAYERS, Seen, named
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
+from seqconv_triton.backend.ranks import Known
+from seqconv_triton.nn import norm as norm_module
 
 
 def set_eps(norm: nn.BatchNorm2d) -> None:
@@ -125,10 +128,12 @@ def test_weights_that_hooks_bring(empty: bool) -> None:
     """By hand, on every module, as for plain convs and BNs."""
     model, x = randomise(small_imagenet(), layer_b=0.3).eval(), torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        expected = model(x)
+        expected, features = model(x), model.forward_intermediates(x, intermediates_only=True)
         offload(model, empty)
         for _ in range(2):
             assert error(model(x), expected) < 1e-6
+            for one, other in zip(model.forward_intermediates(x, intermediates_only=True), features, strict=True):
+                assert error(one, other) < 1e-6
         assert all(p.is_meta or p.numel() == 0 for p in model.parameters())
 
 
@@ -137,3 +142,45 @@ def test_weights_that_nobody_brings_are_an_error_with_their_name() -> None:
     layer.norm.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"norm_weight has shape \(0,\)"):
         layer(torch.randn(2, 6, 4, 4))
+
+
+@pytest.mark.parametrize("change", [lambda out: out.detach(), lambda out: out.clone()], ids=["detached", "copied"])
+def test_hooks_that_change_only_gradients_are_an_error(change: Callable[[Tensor], Tensor]) -> None:
+    layer, _ = pair()
+    layer.norm.register_forward_hook(lambda norm, args, out: change(out))
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="a hook on norm"):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+
+
+def test_gradients_asked_for_where_none_are_needed() -> None:
+    layer, _ = pair()
+    layer.requires_grad_(False).norm.register_forward_hook(lambda norm, args, out: (out.requires_grad_(), None)[1])
+    with pytest.raises(NotImplementedError, match="waits for the gradient"):
+        layer(torch.randn(2, 6, 4, 5, dtype=torch.float64))
+
+
+def test_hooks_for_all_modules_may_wait_for_gradients() -> None:
+    """FlopCounterMode registers some on everything that is called."""
+    layer, _ = pair(bottleneck=True)
+    for _, norm in named(layer):
+        norm.register_forward_hook(lambda *_: None)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 6, 4, 5, dtype=torch.float64)).sum().backward()
+    assert counter.get_total_flops() > 0
+
+
+def test_a_copy_made_by_a_hook_is_a_bn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world of this process alone."""
+    monkeypatch.setattr(norm_module, "group_name", lambda group: "all")
+    monkeypatch.setattr(torch.ops.seqconv_triton, "sum_over_ranks", lambda local, group: local)
+    copies, bn = [], sct.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(8)))[0]
+    bn.register_forward_hook(lambda norm, args, out: copies.append(copy.deepcopy(norm)))
+    x = torch.randn(2, 8, 4, 4)
+    with norm_module.knowing(bn, Known(torch.ones(8), torch.ones(8), torch.tensor(32.0))):
+        assert error(bn(x), (x - 1) / (1 + bn.eps) ** 0.5) < 1e-5
+        copies[0]._forward_hooks.clear()
+        expected = nn.functional.batch_norm(x, None, None, training=True)
+        assert error(copies[0](x), expected) < 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from enum import Enum
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,8 +16,8 @@ Module = TypeVar("Module", bound=nn.Module)
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 Flags = tuple[tuple[str, object], ...]
 _PLAIN = (bool, int, float, str, Enum, type(None))
-# Whether it is a frozen BN, by module, with the flags it was tried with: trying costs as much as a small layer.
-_frozen: WeakKeyDictionary[nn.Module, tuple[Flags, bool]] = WeakKeyDictionary()
+# Frozen BNs, with the flags they were tried with: trying costs as much as a small layer.
+_frozen: WeakKeyDictionary[nn.Module, Flags] = WeakKeyDictionary()
 
 
 def is_frozen(norm: nn.Module) -> bool:
@@ -51,15 +50,16 @@ def _is_frozen(norm: nn.Module, flags: Flags) -> bool:
     vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
     if not all(isinstance(vector, Tensor) and vector.dim() == 1 for vector in vectors) or not eps_of(norm) >= 0:
         return False
-    if norm in _frozen and _frozen[norm][0] == flags:
-        return _frozen[norm][1]
+    if norm in _frozen and _frozen[norm] == flags:
+        return True
     # Where it is exported or on the meta device there are no values; those of the trial are put there.
-    without_values = any(type(v) not in (Tensor, nn.Parameter) or v.is_meta for v in vectors)
-    with _disable_current_modes() if without_values else nullcontext():
-        frozen = _acts_frozen(norm)
-    if not without_values:
-        _frozen[norm] = flags, frozen
-    return frozen or (without_values and not hasattr(norm, "momentum"))
+    values = all(type(v) in (Tensor, nn.Parameter) and not v.is_meta for v in vectors)
+    device = vectors[0].device if values else torch.device("cpu")
+    with _disable_current_modes(), torch.no_grad(), device:
+        frozen = _acts_frozen(norm, values)
+    if frozen and values:
+        _frozen[norm] = flags
+    return frozen
 
 
 # What torch.compiler.assume_constant_result does, which imports all of the compiler. The flags are read between the
@@ -68,38 +68,55 @@ _flag_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _acts_frozen(norm: nn.Module) -> bool:
-    """As its class does with any vectors; one that keeps what it made of them, with its own."""
-    with torch.no_grad():
-        ramp = torch.linspace(-1, 1, len(norm.weight), dtype=torch.float64)  # type: ignore[arg-type]
-        others = (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2)
-        probe = _copy(norm).train()
-        if probe.weight.dtype in (torch.bfloat16, torch.float16):  # too coarse to tell one BN from another
-            probe.float()
-        for name, vector in zip(VECTORS, others, strict=True):
-            getattr(probe, name).copy_(vector)
-        return _computes_with(norm, probe) or _computes_with(norm, _copy(norm).train())
+def _acts_frozen(norm: nn.Module, values: bool) -> bool:
+    """As its class does with any vectors; one that keeps what it made of them, with its own.
+
+    Of that kind and without values, one without `momentum` is believed if no image changes another's output.
+    """
+    weight: Any = norm.weight
+    ramp = torch.linspace(-1, 1, len(weight), dtype=torch.float64)
+    others = (1.5 + ramp / 2, ramp / 3, ramp.flip(0), 1.2 + ramp / 2)
+    probe = _trial(norm)
+    if probe.weight.dtype in (torch.bfloat16, torch.float16):  # too coarse to tell one BN from another
+        probe.float()
+    for name, vector in zip(VECTORS, others, strict=True):
+        getattr(probe, name).copy_(vector)
+    if _computes_with(norm, probe):
+        return True
+    if values:  # where its weights are zero, any BN returns zeros
+        return bool(weight.any()) and _computes_with(norm, _trial(norm))
+    return not hasattr(norm, "momentum") and _computes_with(norm, probe, expected=None)
 
 
-def _computes_with(norm: nn.Module, probe: Any) -> bool:
+def _trial(norm: nn.Module) -> Any:
+    return _copy(norm).train()
+
+
+def _computes_with(norm: nn.Module, probe: Any, expected: str | None = "fixed statistics") -> bool:
     """Whether its class's forward, on a copy of it in training, is that of a BN with fixed statistics, and moves none.
 
-    Its pixels are far from the mean: by their own statistics they would all be within one deviation of it.
+    Its pixels are far from the mean: by their own statistics they would all be within one deviation of it. Without
+    anything expected, whether the first image's output is that of this image alone.
     """
     forward: Any = type(norm).forward  # hooks are not for this
     dtype = probe.weight.dtype
-    weight, bias, mean, var = (getattr(probe, name).double() for name in VECTORS)
+    held = [getattr(probe, name).clone() for name in VECTORS]
+    weight, bias, mean, var = (vector.double() for vector in held)
     x = torch.stack([mean - 30 * var.sqrt(), mean - 10 * var.sqrt()])[:, :, None, None].to(dtype)
-    expected = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, eps_of(norm))
-    held = [(tensor, tensor.clone()) for tensor in (*probe.parameters(), *probe.buffers())]
+    wanted = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, eps_of(norm))
     try:
         found = forward(probe, x)
+        if expected is None:
+            found, wanted = found[:1], forward(probe, x[:1]).double()
     except Exception:  # of its own code
         return False
-    if not isinstance(found, Tensor) or found.shape != x.shape or not all(torch.equal(*pair) for pair in held):
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
-    tolerance = 64 * torch.finfo(dtype).eps * (1 + expected.abs())
-    return bool(((found.double() - expected).abs() <= tolerance).all())
+    for name, before in zip(VECTORS, held, strict=True):
+        if not torch.allclose(getattr(probe, name), before, rtol=0, atol=0, equal_nan=True):
+            return False
+    tolerance = 64 * torch.finfo(dtype).eps * (1 + wanted.abs())
+    return bool(((found.double() - wanted).abs() <= tolerance).all())
 
 
 def twin(module: Module) -> Module:
@@ -122,7 +139,7 @@ def _own(value: Any) -> Any:
         if type(value) in (Tensor, nn.Parameter) and not value.is_meta:
             own = value.detach().clone()
         else:
-            own = torch.zeros(value.shape, dtype=value.dtype)
+            own = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
         return nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
     return _copy(value) if isinstance(value, nn.Module) else value
 

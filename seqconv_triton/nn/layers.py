@@ -111,17 +111,27 @@ class PackedSeqConv(nn.Module):
             put_back()
 
     def _run(
-        self, x: Tensor, shortcut: Tensor | None = None, keep_buffer: bool = False
-    ) -> tuple[StageOutput, StageNorms]:
-        """`run` where calling the module has made or brought its weights; also what was read from its BNs."""
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        keep_buffer: bool = False,
+        features: tuple[int, int] | None = None,
+    ) -> tuple[StageOutput, Tensor | None]:
+        """`run` where calling the module has made or brought its weights; and activated `features` [start, stop)."""
         put_back = fetch(x, self.norm, self.reduce_norm)
         try:
-            read = self.read_norms()
-            return self._run_with(read, x, shortcut, keep_buffer), read
+            return self._run_with(self.read_norms(), x, shortcut, keep_buffer, features)
         finally:
             put_back()
 
-    def _run_with(self, read: StageNorms, x: Tensor, shortcut: Tensor | None, keep_buffer: bool) -> StageOutput:
+    def _run_with(
+        self,
+        read: StageNorms,
+        x: Tensor,
+        shortcut: Tensor | None,
+        keep_buffer: bool,
+        features: tuple[int, int] | None,
+    ) -> tuple[StageOutput, Tensor | None]:
         if read.statistics == "folded" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError("a folded layer (seqconv_triton.fuse) is not for training; train what it was made from")
         mask = self.draw_mask(x)
@@ -135,10 +145,16 @@ class PackedSeqConv(nn.Module):
             shortcut=shortcut,
             mask=mask,
             eps=read.eps,
-            keep_buffer=keep_buffer or bool(shown),
+            keep_buffer=keep_buffer or features is not None or bool(shown),
             recompute=self.recompute,
             process_group=read.group,
         )
+        taken = None
+        if features is not None and output.buffer is not None:  # before hooks take the weights away
+            offset = self.plan.total_channels - self.plan.normalized_channels
+            channels = slice(features[0] - offset, features[1] - offset)
+            # A batch's statistics are taken again: their gradient then comes for free.
+            taken = normalise(output.buffer[:, slice(*features)], read.main, channels).relu_()
         if shown:
             show(shown, self.norm, self.reduce_norm, output, read, self.reduce_weight, self.plan, mask)
         if output.statistics is not None:
@@ -149,7 +165,7 @@ class PackedSeqConv(nn.Module):
             for norm, vectors in ((self.norm, (mean, var)), (self.reduce_norm, (inner_mean, inner_var))):
                 if norm not in shown:  # those have moved theirs themselves
                     update_running(norm, *vectors, count)
-        return output
+        return output, taken
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Dropout of whole channels, drawn anew for every sample and group: [N, plan.mask_channels], or None.
@@ -229,15 +245,8 @@ class Stage(PackedSeqConv):
         With `features` (out, features): also the activated output of the last block [N, channels, H, W], before any
         extension.
         """
-        output, read = self._run(x, keep_buffer=features)
-        if not features:
-            return output.out
-        assert output.buffer is not None
-        start, stop = self.feature_channels
-        offset = self.plan.total_channels - self.plan.normalized_channels
-        # A batch's statistics are taken again: their gradient then comes for free.
-        raw = output.buffer[:, start:stop]
-        return output.out, normalise(raw, read.main, slice(start - offset, stop - offset)).relu_()
+        output, taken = self._run(x, features=self.feature_channels if features else None)
+        return (output.out, taken) if features else output.out
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(out, features), by calling the module: its hooks are called, on both."""
@@ -265,7 +274,7 @@ def laid_out_like(x: Tensor, out: Tensor) -> Tensor:
 def _is_channels_last(x: Tensor) -> bool:
     """As PyTorch's convs decide it: strides in the order of channels, columns, rows and images, gaps or not."""
     (_, channels, height, width), (image, channel, row, column) = x.shape, x.stride()
-    return channel == 1 and column >= channels and row >= column * width and image >= row * height
+    return channel > 0 and column >= channel * channels and row >= column * width and image >= row * height
 
 
 def _parameter(shape: tuple[int, ...] | None, where: dict[str, Any]) -> nn.Parameter | None:

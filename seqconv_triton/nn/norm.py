@@ -7,6 +7,9 @@ SyncBatchNorm with the forward that PyTorch gave it, a frozen BN by whomever, or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +41,20 @@ class Affine(nn.Module):
         return scale_and_shift(x, self.weight, self.bias)
 
 
+# Statistics of all ranks that BNs, by id, need not ask for: a stage has, and other ranks may have no hooks to call.
+_known: ContextVar[dict[int, Known]] = ContextVar("known", default={})  # noqa: B039 # nobody writes into it
+
+
+@contextmanager
+def knowing(norm: nn.Module, known: Known | None) -> Iterator[None]:
+    """A `Synchronised` takes the statistics of all ranks from `known`, in this thread."""
+    token = _known.set(_known.get() if known is None else {**_known.get(), id(norm): known})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 class Synchronised(_BatchNorm):
     """BN with the training statistics of all ranks, on any device, in one graph under torch.compile.
 
@@ -51,10 +68,11 @@ class Synchronised(_BatchNorm):
         group = group_name(self.process_group) if self.training else ""
         if not group:
             return super().forward(x)
+        known = None if torch.compiler.is_compiling() else _known.get().get(id(self))
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         weight, bias = affine(self, x)
         images = x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
-        out, mean, var, count = batch_norm(images, weight, bias, self.eps, group)
+        out, mean, var, count = batch_norm(images, weight, bias, self.eps, group, known)
         update_running(self, mean, var, count)
         return out.reshape(x.shape)
 
@@ -115,8 +133,8 @@ def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
 
 
 def _refuse_gradients(name: str, norm: nn.Module) -> None:
-    for vector in VECTORS[2:]:
-        if getattr(norm, vector).requires_grad and torch.is_grad_enabled():
+    for vector in VECTORS[2:] if torch.is_grad_enabled() else ():
+        if getattr(norm, vector).requires_grad:
             raise ValueError(f"{name}.{vector} requires a gradient, and statistics get none: requires_grad_(False)")
 
 

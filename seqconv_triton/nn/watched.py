@@ -9,8 +9,7 @@ BN's own must return what the stage computed with.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
-from seqconv_triton.backend.ranks import Known, batch_norm
+from seqconv_triton.backend.ranks import Known
 from seqconv_triton.nn.computed import MAKERS
 from seqconv_triton.nn.frozen import VECTORS
-from seqconv_triton.nn.norm import Reading, StageNorms, affine, normalise, update_running
+from seqconv_triton.nn.norm import Reading, StageNorms, knowing, normalise
 from seqconv_triton.nn.norm import read as read_norm
 from seqconv_triton.plan import Plan
 
@@ -42,7 +41,7 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
             continue
         of_accelerate = _hooks_of_accelerate(norm)
         brought += [(norm, hook) for hook in of_accelerate if _brings_weights(hook)]
-        if not of_accelerate and not x.is_meta and _lacks_weights(norm):
+        if not of_accelerate and isinstance(x, Tensor) and not x.is_meta and _lacks_weights(norm):
             for number, hook in list(norm._forward_pre_hooks.items()):
                 keywords: tuple[Any, ...] = ({},) if number in norm._forward_pre_hooks_with_kwargs else ()
                 hook(norm, (x.new_empty((0, 1, 1, 1)),), *keywords)
@@ -57,6 +56,8 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
 
 
 def _lacks_weights(norm: nn.Module) -> bool:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # a node, or a warning, each
+        return False
     vectors = (getattr(norm, vector, None) for vector in VECTORS)
     return any(isinstance(vector, Tensor) and (vector.is_meta or vector.numel() == 0) for vector in vectors)
 
@@ -139,30 +140,43 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, batch: Known | N
     if torch.compiler.is_compiling() or raw.is_meta or isinstance(raw, FakeTensor):  # there is nothing to compare
         norm(raw)
         return
-    calls: list[tuple[Tensor, Tensor]] = []
     given, thread, replaced = raw.detach().clone(), threading.get_ident(), has_other_forward(norm)
     bn = bn._replace(vectors=NormVectors._make(None if v is None else v.detach().clone() for v in bn.vectors))
+    waiting: list[object] = []  # before the BN's own hooks: those for all modules may wait for gradients
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module is norm and threading.get_ident() == thread and not _as_read(read_norm(name, norm, raw), bn):
+    def ours(module: nn.Module) -> bool:  # others see these hooks, too
+        return module is norm and threading.get_ident() == thread
+
+    def first(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if ours(module):
+            waiting.append(_waits(raw))
+
+    def last(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if ours(module) and not _as_read(read_norm(name, norm, raw), bn):
             raise RuntimeError(
                 f"a hook on {name} changes what its BN computes with, its mode, eps, weights or statistics: a stage "
                 "computes its BNs itself and has read them already; change them before the stage is called"
             )
 
     def note(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        if module is norm and threading.get_ident() == thread:  # others see this hook, too
-            calls.append((inputs[0], out.detach().clone()))
+        if ours(module):
+            waiting.append(_waits(out))
+            calls.append((inputs[0], out, out.detach().clone()))
 
-    handles = norm.register_forward_pre_hook(before), norm.register_forward_hook(note, prepend=True)
+    handles = (
+        norm.register_forward_pre_hook(first, prepend=True),
+        norm.register_forward_pre_hook(last),
+        norm.register_forward_hook(note, prepend=True),
+    )
     try:
-        with _without_other_ranks(norm, bn, batch) if bn.group and not replaced else nullcontext():
+        with knowing(norm, batch if bn.group else None):
             out = norm(raw)
     finally:
         for handle in handles:
             handle.remove()
-    (seen, own), *more = calls
-    unchanged = not more and _same(seen, given) and _same(out, own)
+    (seen, returned, own), *more = calls
+    unchanged = not more and _same(seen, given) and _same(out, own) and (out is returned or not returned.requires_grad)
     if replaced:
         unchanged = unchanged and _close(own.double(), _expected(raw, bn, batch), TOLERANCE.get(raw.dtype, 0.1))
     if not unchanged:
@@ -170,8 +184,13 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, batch: Known | N
             f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
             "computes its BNs itself and cannot use that"
         )
-    if any(tensor._backward_hooks or tensor.retains_grad for tensor in (raw, out) if tensor.requires_grad):
+    if [_waits(raw), _waits(out)] != waiting:
         raise no_gradient
+
+
+def _waits(tensor: Tensor) -> object:
+    """Who waits for a tensor's gradient, as far as PyTorch tells."""
+    return tensor.requires_grad, list(tensor._backward_hooks or ()), tensor.requires_grad and tensor.retains_grad
 
 
 def _as_read(now: Reading, then: Reading) -> bool:
@@ -186,28 +205,6 @@ def _as_read(now: Reading, then: Reading) -> bool:
         elif one.shape != other.shape or not torch.allclose(one.to(other.dtype), other, 1e-5, 0, equal_nan=True):
             return False
     return True
-
-
-@contextmanager
-def _without_other_ranks(norm: Any, bn: Reading, batch: Known | None) -> Iterator[None]:
-    """Its forward takes the statistics of all ranks as the stage has found them: others may have no hooks to call."""
-    before, thread = norm.__dict__.get("forward"), threading.get_ident()
-
-    def forward(x: Tensor) -> Any:
-        if threading.get_ident() != thread:
-            return type(norm).forward(norm, x)
-        out, mean, var, count = batch_norm(x, *affine(norm, x), bn.eps, bn.group, batch)
-        update_running(norm, mean, var, count)
-        return out
-
-    norm.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del norm.__dict__["forward"]
-        else:
-            norm.__dict__["forward"] = before
 
 
 def _same(one: object, other: Tensor) -> bool:
