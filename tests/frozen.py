@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from plain import VECTORS
 from torch import Tensor, nn
 
@@ -54,3 +56,12 @@ class AlwaysInEvaluation(nn.BatchNorm2d):
 
     def train(self, mode: bool = True) -> AlwaysInEvaluation:
         return super().train(False)
+
+
+def replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, make(child))
+        else:
+            replace(child, make)
+    return module

@@ -133,9 +133,16 @@ def sharded(training: bool) -> float:
     return worst(got | dict(model.named_buffers()), dict(whole.named_parameters()) | dict(whole.named_buffers()))
 
 
+def three_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    x, upstream = batch(8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x[own_half(8)]) * upstream[own_half(8)]).sum().backward()
+        optimizer.step()
+
+
 def sharded_optimizer() -> float:
     """ZeroRedundancyOptimizer under DDP: three steps of momentum equal those of a whole optimizer."""
-    x, upstream = batch(8)
     models = [DistributedDataParallel(network().eval()) for _ in range(2)]
     options = {"lr": 0.01, "momentum": 0.9}
     optimizers = [
@@ -143,10 +150,7 @@ def sharded_optimizer() -> float:
         torch.optim.SGD(models[1].parameters(), **options),
     ]
     for model, optimizer in zip(models, optimizers, strict=True):
-        for _ in range(3):
-            optimizer.zero_grad()
-            (model(x[own_half(8)]) * upstream[own_half(8)]).sum().backward()
-            optimizer.step()
+        three_steps(model, optimizer)
     return worst(*(dict(model.module.named_parameters()) for model in models))
 
 
@@ -210,15 +214,10 @@ def hooked(everywhere: bool) -> float:
 
 def in_parts() -> float:
     """DDP of a model whose weights an optimizer has group by group: the steps of the whole weights."""
-    x, upstream = batch(8)
     models = [DistributedDataParallel(network().eval(), gradient_as_bucket_view=True) for _ in range(2)]
     for model, per_group in zip(models, (False, True), strict=True):
         groups = sct.parameter_groups(model.module, weight_decay=0.1, per_group=per_group)
-        optimizer = torch.optim.SGD(groups, 0.01, momentum=0.9)
-        for _ in range(3):
-            optimizer.zero_grad()
-            (model(x[own_half(8)]) * upstream[own_half(8)]).sum().backward()
-            optimizer.step()
+        three_steps(model, torch.optim.SGD(groups, 0.01, momentum=0.9))
     return worst(*(dict(model.module.named_parameters()) for model in models))
 
 

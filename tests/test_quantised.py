@@ -32,12 +32,13 @@ def test_every_conv_is_quantised() -> None:
         assert error(quantised(x), model(x)) < 0.2
 
 
-def test_every_conv_is_quantised_in_a_trace_of_fx() -> None:
-    """By PyTorch's own quantisation, with the classifier, which starts as the published ones do."""
+@pytest.mark.parametrize("classes", [10, 7])
+def test_every_conv_is_quantised_in_a_trace_of_fx(classes: int) -> None:
+    """By PyTorch's own quantisation, with the classifier, whether it started as the published ones do or not."""
     torch.use_deterministic_algorithms(False)  # some quantised operators know one way alone
     quantize_fx = importlib.import_module("torch.ao.quantization.quantize_fx")
     mapping = importlib.import_module("torch.ao.quantization").get_default_qconfig_mapping("x86")
-    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True, num_classes=10)).eval()
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True, num_classes=classes)).eval()
     folded, x = sct.fuse(model, plain=True), torch.randn(2, 3, 16, 16)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # it is deprecated, and in use

@@ -81,42 +81,54 @@ def _acts_frozen(norm: nn.Module, values: bool) -> bool:
         probe.float()
     for name, vector in zip(VECTORS, others, strict=True):
         getattr(probe, name).copy_(vector)
-    if _computes_with(norm, probe):
+    if _computes_with_its_vectors(norm, probe):
         return True
     if values:  # where its weights are zero, any BN returns zeros
-        return bool(weight.any()) and _computes_with(norm, _trial(norm))
-    return not hasattr(norm, "momentum") and _computes_with(norm, probe, expected=None)
+        return bool(weight.any()) and _computes_with_its_vectors(norm, _trial(norm))
+    return not hasattr(norm, "momentum") and _takes_images_alone(norm, probe)
 
 
 def _trial(norm: nn.Module) -> Any:
     return _copy(norm).train()
 
 
-def _computes_with(norm: nn.Module, probe: Any, expected: str | None = "fixed statistics") -> bool:
-    """Whether its class's forward, on a copy of it in training, is that of a BN with fixed statistics, and moves none.
+def _pixels(probe: Any) -> Tensor:
+    """Two images far from the mean: by their own statistics both would be within one deviation of it."""
+    deviation = probe.running_var.double().sqrt()
+    x = torch.stack([probe.running_mean - 30 * deviation, probe.running_mean - 10 * deviation])
+    return x[:, :, None, None].to(probe.weight.dtype)
 
-    Its pixels are far from the mean: by their own statistics they would all be within one deviation of it. Without
-    anything expected, whether the first image's output is that of this image alone.
-    """
+
+def _run(norm: nn.Module, probe: Any, x: Tensor) -> Tensor | None:
+    """What its class's forward makes of x on a copy of it; None where that fails or moves a vector."""
     forward: Any = type(norm).forward  # hooks are not for this
-    dtype = probe.weight.dtype
     held = [getattr(probe, name).clone() for name in VECTORS]
-    weight, bias, mean, var = (vector.double() for vector in held)
-    x = torch.stack([mean - 30 * var.sqrt(), mean - 10 * var.sqrt()])[:, :, None, None].to(dtype)
-    wanted = F.batch_norm(x.double(), mean, var, weight, bias, False, 0.0, eps_of(norm))
     try:
-        found = forward(probe, x)
-        if expected is None:
-            found, wanted = found[:1], forward(probe, x[:1]).double()
+        out = forward(probe, x)
     except Exception:  # of its own code
-        return False
-    if not isinstance(found, Tensor) or found.shape != wanted.shape:
-        return False
-    for name, before in zip(VECTORS, held, strict=True):
-        if not torch.allclose(getattr(probe, name), before, rtol=0, atol=0, equal_nan=True):
-            return False
-    tolerance = 64 * torch.finfo(dtype).eps * (1 + wanted.abs())
-    return bool(((found.double() - wanted).abs() <= tolerance).all())
+        return None
+    now = (getattr(probe, name) for name in VECTORS)
+    unmoved = all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in zip(now, held, strict=True))
+    return out if unmoved and isinstance(out, Tensor) and out.shape == x.shape else None
+
+
+def _computes_with_its_vectors(norm: nn.Module, probe: Any) -> bool:
+    """As a BN with fixed statistics does."""
+    x = _pixels(probe)
+    weight, bias, mean, var = (getattr(probe, name).double() for name in VECTORS)
+    found = _run(norm, probe, x)
+    return found is not None and _close(found, F.batch_norm(x.double(), mean, var, weight, bias, eps=eps_of(norm)))
+
+
+def _takes_images_alone(norm: nn.Module, probe: Any) -> bool:
+    x = _pixels(probe)
+    together, alone = _run(norm, probe, x), _run(norm, probe, x[:1])
+    return together is not None and alone is not None and _close(together[:1], alone.double())
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 64 * torch.finfo(found.dtype).eps * (1 + expected.abs())
+    return bool(((found.double() - expected).abs() <= tolerance).all())
 
 
 def twin(module: Module) -> Module:

@@ -41,7 +41,7 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
             continue
         of_accelerate = _hooks_of_accelerate(norm)
         brought += [(norm, hook) for hook in of_accelerate if _brings_weights(hook)]
-        if not of_accelerate and isinstance(x, Tensor) and not x.is_meta and _lacks_weights(norm):
+        if norm._forward_pre_hooks and not of_accelerate and _lacks_weights(norm) and not x.is_meta:
             for number, hook in list(norm._forward_pre_hooks.items()):
                 keywords: tuple[Any, ...] = ({},) if number in norm._forward_pre_hooks_with_kwargs else ()
                 hook(norm, (x.new_empty((0, 1, 1, 1)),), *keywords)
@@ -56,8 +56,6 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
 
 
 def _lacks_weights(norm: nn.Module) -> bool:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # a node, or a warning, each
-        return False
     vectors = (getattr(norm, vector, None) for vector in VECTORS)
     return any(isinstance(vector, Tensor) and (vector.is_meta or vector.numel() == 0) for vector in vectors)
 
@@ -112,7 +110,8 @@ def show(
     batch = inner_batch = None
     if output.statistics is not None:
         mean, var, inner_mean, inner_var = output.statistics
-        count = raw.new_empty(()) if output.counts is None else output.counts.sum()
+        own = raw.new_full((1,), raw.shape[0] * raw.shape[2] * raw.shape[3], dtype=torch.float64)
+        count = (own if output.counts is None else output.counts).sum()
         batch = Known(mean, var, count)
         inner_batch = None if inner_mean is None or inner_var is None else Known(inner_mean, inner_var, count)
     reduced = None
@@ -196,23 +195,18 @@ def _waits(tensor: Tensor) -> object:
 def _as_read(now: Reading, then: Reading) -> bool:
     """Whether a BN would compute with what a stage has read; but for the last bits of weights that are computed."""
     used = 4 if then.statistics == "running" else 2
-    if (now.statistics, now.eps, now.group) != (then.statistics, then.eps, then.group):
-        return False
-    for one, other in zip(now.vectors[:used], then.vectors[:used], strict=True):
-        if one is None or other is None:
-            if one is not other:
-                return False
-        elif one.shape != other.shape or not torch.allclose(one.to(other.dtype), other, 1e-5, 0, equal_nan=True):
-            return False
-    return True
+    return (now.statistics, now.eps, now.group) == (then.statistics, then.eps, then.group) and all(
+        one is None if other is None else _same(one, other, 1e-5)
+        for one, other in zip(now.vectors[:used], then.vectors[:used], strict=True)
+    )
 
 
-def _same(one: object, other: Tensor) -> bool:
-    """To the bit, or NaN in both."""
+def _same(one: object, other: Tensor, tolerance: float = 0.0) -> bool:
+    """To the bit, or within a relative tolerance; or NaN in both."""
     return (
         isinstance(one, Tensor)
         and (one.shape, one.dtype) == (other.shape, other.dtype)
-        and torch.allclose(one.detach(), other, rtol=0, atol=0, equal_nan=True)
+        and torch.allclose(one.detach(), other, rtol=tolerance, atol=0, equal_nan=True)
     )
 
 

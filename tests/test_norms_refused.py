@@ -1,0 +1,122 @@
+"""What stands in a BN's place and is none: an error that names it, in any precision and without values too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from frozen import FrozenModule, FrozenSubclass, replace
+from torch import Tensor, nn
+
+import seqconv_triton as sct
+
+LAYERS = {"basic": {}, "bottleneck": {"bottleneck": True}}
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """As timm's: the first images have one BN, the others another."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features)
+        self.other = nn.BatchNorm2d(norm.num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        first, rest = x.chunk(2)
+        return torch.cat([super().forward(first), self.other(rest)])
+
+
+class OwnStatistics(FrozenModule):
+    """Has all that a frozen BN has, and takes the batch's statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+
+
+class MovingStatistics(FrozenSubclass):
+    """Computes with its running statistics, and then moves them: no frozen BN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return out
+
+
+class ReplacedStatistics(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.detach().mean((0, 2, 3))
+        return out
+
+
+class OwnForward(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x)
+
+
+OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "GroupNorm": lambda norm: nn.GroupNorm(2, norm.num_features),
+    "LayerNorm": lambda norm: nn.LayerNorm(norm.num_features),
+    "InstanceNorm2d": lambda norm: nn.InstanceNorm2d(norm.num_features, affine=True, track_running_stats=True),
+    "Identity": lambda norm: nn.Identity(),
+    "SplitBatchNorm": SplitBatchNorm,
+    "OwnStatistics": OwnStatistics,
+    "OwnForward": OwnForward,
+    "MovingStatistics": MovingStatistics,
+    "ReplacedStatistics": ReplacedStatistics,
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_no_bn_is_refused_by_name(other: str, kind: str, training: bool) -> None:
+    layer = replace(sct.SeqConv2d(6, 12, 4, **LAYERS[kind]), OTHERS[other]).train(training)
+    state = copy.deepcopy(layer.state_dict())
+    with pytest.raises(TypeError, match=rf"norm is a {other}, which .*plain convs"):
+        layer(torch.randn(2, 6, 4, 4))
+    with pytest.raises(TypeError, match=f"norm is a {other}"):
+        sct.fuse(layer)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", ["OwnStatistics", "OwnForward", "MovingStatistics"])
+def test_what_is_no_bn_is_refused_in_half_precision(other: str, dtype: torch.dtype) -> None:
+    layer = replace(sct.SeqConv2d(6, 12, 4), OTHERS[other]).to(dtype)
+    with pytest.raises(TypeError, match=f"norm is a {other}"):
+        layer(torch.randn(2, 6, 4, 4).to(dtype))
+
+
+def test_no_module_at_all_is_refused_by_name() -> None:
+    layer = sct.SeqConv2d(6, 12, 4)
+    layer.norm = None
+    with pytest.raises(TypeError, match="norm is a NoneType, which is no BN"):
+        layer(torch.randn(2, 6, 4, 4))
+
+
+@pytest.mark.parametrize("kind", [OwnForward, OwnStatistics, MovingStatistics, ReplacedStatistics])
+def test_what_is_no_bn_is_refused_where_tensors_have_no_values(kind: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = replace(sct.SeqConv2d(6, 12, 4), kind), torch.randn(2, 6, 4, 4)
+    with pytest.raises(Exception, match=f"norm is a {kind.__name__}"):
+        torch.export.export(layer, (x,), strict=False)
+    with pytest.raises(TypeError, match=f"norm is a {kind.__name__}"):
+        layer.to("meta")(x.to("meta"))
+
+
+def test_weights_of_zeros_tell_no_bn_from_another() -> None:
+    """As they are where training starts from identity blocks."""
+    layer = replace(sct.SeqConv2d(6, 12, 4), OwnStatistics)
+    layer.norm.weight.data.zero_()
+    with pytest.raises(TypeError, match="norm is a OwnStatistics"):
+        layer(torch.randn(2, 6, 4, 4))
+    frozen = replace(sct.SeqConv2d(6, 12, 4), FrozenModule)
+    frozen.norm.weight.data.zero_()
+    frozen.norm.register_buffer("other", torch.full((3,), torch.nan))
+    assert not frozen(torch.randn(2, 6, 4, 4)).any()
