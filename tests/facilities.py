@@ -21,7 +21,10 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "facilities.md"
 START, END = "<!-- table: make facilities -->", "<!-- end of the table -->"
 # Tests that a library of other people's has to be installed for, and those libraries.
 LIBRARY_TESTS = ("test_libraries.py", "test_timm.py", "test_timm_training.py", "test_convert.py", "test_quantised.py")
-LIBRARIES = ("timm", "torchvision", "accelerate", "fvcore", "safetensors", "ptflops", "thop", "torchao")
+LIBRARIES = (
+    "timm", "torchvision", "accelerate", "fvcore", "safetensors", "ptflops", "thop", "torchao", "captum",
+    "torch-pruning",
+)  # fmt: skip
 TITLES = {"cpu": "CPU", "interpreter": "interpreter", "gpu": "GPU"}
 
 

@@ -6,6 +6,8 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,27 @@ def assert_backends_agree(module: nn.Module, x: Tensor, run: Run, tolerance: flo
     errors = {name: error(got[name], expected[name]) for name in expected}
     wrong = {name: e for name, e in errors.items() if not e <= tolerance}
     assert not wrong, wrong
+
+
+class _GuidedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient.clamp_min(0) * (x > 0)
+
+
+def guided_gradient(model: nn.Module, x: Tensor, target: int) -> Tensor:
+    """Guided backpropagation in the paper's equations: every ReLU passes positive gradients alone."""
+    x = x.detach().clone().requires_grad_()
+    guided = patch.object(torch.nn.functional, "relu", lambda x, inplace=False: _GuidedReLU.apply(x))
+    with sct.use_backend("reference"), guided:
+        (gradient,) = torch.autograd.grad(model(x)[:, target].sum(), x)
+    return gradient
 
 
 def python_blocks(page: str) -> list[str]:

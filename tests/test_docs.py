@@ -37,7 +37,7 @@ EXAMPLES = {
     "train_digits": "epoch 3: ",
 }
 # Python blocks behind <!-- not run: reason -->, by page. A new one has to be named here as well.
-NOT_RUN: dict[str, list[str]] = {}
+NOT_RUN = {"docs/facilities.md": ["not run: test_libraries.py runs it on a smaller network"]}
 OPTIONAL = ("timm", "torchvision")  # pages about them are skipped where they cannot be imported
 
 BLOCK = re.compile(

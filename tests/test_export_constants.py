@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import error, randomise, small_imagenet
+from helpers import error, guided_gradient, randomise, small_imagenet
 from torch import Tensor, nn
 
 import seqconv_triton as sct
@@ -151,3 +152,20 @@ def test_layer_of_a_folded_stage_alone() -> None:
     folded, x = sct.fuse(nn.Sequential(stage), plain=True), torch.randn(2, 8, 9, 9)
     assert_constants(torch.export.export(folded, (x,)), conv_count(nn.Sequential(stage)))
     assert error(folded(x), stage(x)) < 1e-5
+
+
+@facility("Guided backpropagation: every activation of sct.fuse(model, plain=True) is an nn.ReLU of its own")
+@pytest.mark.parametrize("case", ["small-imagenet", "cifar-dense"])
+def test_guided_backpropagation(case: str) -> None:
+    model = randomise(FAMILIES[case](), layer_b=0.3).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    plain, calls = sct.fuse(model, plain=True), Counter[nn.Module]()
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(lambda module, args: calls.update([module]))
+            module.register_full_backward_hook(lambda module, given, arrived: (given[0].clamp_min(0),))
+    (guided,) = torch.autograd.grad(plain(x)[:, 1].sum(), x)
+    assert error(guided, guided_gradient(model, x, 1)) < 1e-10
+    (gradient,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    assert error(gradient, guided) > 0.1
+    assert set(calls.values()) == {1}

@@ -121,7 +121,7 @@ def test_a_stage_is_one_node_with_its_name() -> None:
     graph = fx.symbolic_trace(sct.SeqResNetB22(num_classes=1000)).graph
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     stem, stages = [f"stem.{i}" for i in range(5)], [f"stages.{i}" for i in range(4)]
-    assert called == [*stem, *stages, "norm", "classifier"]
+    assert called == [*stem, *stages, "norm", "relu", "classifier"]
     assert len(graph.nodes) < 20
 
 

@@ -9,12 +9,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import error, randomise, small_imagenet
+from helpers import error, guided_gradient, python_blocks, randomise, small_imagenet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqconv_triton as sct
 from seqconv_triton.interop import counters
+from seqconv_triton.nn.plain import PlainGroup
 
 facility = pytest.mark.facility
 
@@ -246,3 +247,44 @@ def test_files_of_safetensors(tmp_path: Path, folded: bool) -> None:
     files.save_model(first, str(tmp_path / "model.safetensors"))
     files.load_model(second, str(tmp_path / "model.safetensors"))
     assert torch.equal(second(x), first(x))
+
+
+@facility("captum's GuidedBackprop and DeepLift on sct.fuse(model, plain=True)")
+def test_attributions_by_captum() -> None:
+    attr = library("captum.attr")
+    model = randomise(small_imagenet(), layer_b=0.3).double().eval()
+    plain, x = sct.fuse(model, plain=True), torch.randn(2, 3, 40, 40, dtype=torch.float64, requires_grad=True)
+    guided = attr.GuidedBackprop(plain).attribute(x, target=1)
+    assert error(guided, guided_gradient(model, x, 1)) < 1e-10
+    # DeepLift's attributions add up to what the logit has gained over the baseline.
+    attributions = attr.DeepLift(plain).attribute(x, baselines=0.0, target=1)
+    gained = (model(x) - model(torch.zeros_like(x)))[:, 1]
+    assert error(attributions.flatten(1).sum(1), gained) < 1e-10
+
+
+@facility("torch-pruning: the 1×1 convs of sct.fuse(model, plain=True) lose output channels")
+def test_inner_channels_pruned() -> None:
+    """By the code of docs/facilities.md."""
+    library("torch_pruning")
+    model = randomise(small_imagenet(), layer_b=0.3).double().eval()
+    (code,) = (block for block in python_blocks("facilities.md") if "torch_pruning" in block)
+    smaller = {"sct.SeqResNetB22()": "model", "224, 224": "40, 40, dtype=torch.float64", "0.25": "0.5"}
+    for name, value in smaller.items():
+        assert name in code
+        code = code.replace(name, value)
+    names = {"model": model}
+    exec(compile(code, "facilities.md", "exec"), names)
+    plain, before, x = names["plain"], sct.fuse(model, plain=True), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    pairs = list(zip(inner_groups(before), inner_groups(plain), strict=True))
+    for old, new in pairs:
+        assert 2 * new.reduce.out_channels == old.reduce.out_channels == old.transform.in_channels
+        same = (old.reduce.weight[:, None] == new.reduce.weight[None]).flatten(2).all(2)
+        kept = same.any(1).view(old.transform.groups, 1, -1, 1, 1)
+        with torch.no_grad():  # what the pruned channels were multiplied with
+            old.transform.weight.unflatten(0, (old.transform.groups, -1)).mul_(kept)
+    assert len(pairs) > 4 and error(plain(x), before(x)) < 1e-10
+    assert error(plain(x), model(x)) > 0.1
+
+
+def inner_groups(model: nn.Module) -> list[PlainGroup]:
+    return [module for module in model.modules() if isinstance(module, PlainGroup)]

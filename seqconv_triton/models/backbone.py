@@ -6,7 +6,6 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
@@ -38,6 +37,7 @@ class Backbone(nn.Module):
         tail = stages[-1].tail_weight
         assert tail is not None
         self.norm = nn.BatchNorm2d(self.num_features, stages[-1].eps, device=tail.device, dtype=tail.dtype)
+        self.relu = nn.ReLU()
         self.feature_info: list[dict[str, Any]] = []
         reduction = stem_reduction
         for i, stage in enumerate(stages):
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         images, x = x, self.forward_stem(x)
         for stage in self.stages:
             x = stage(x)
-        return laid_out_like(images, F.relu(self.norm(x)))
+        return laid_out_like(images, self.relu(self.norm(x)))
 
     def forward_stem(self, x: Tensor) -> Tensor:
         first = self.stem[0]
@@ -107,7 +107,8 @@ class Backbone(nn.Module):
         features = [taken[i] for i in chosen]
         if intermediates_only:
             return features
-        return (laid_out_like(images, F.relu(self.norm(x))) if len(stages) == count else taken[max(chosen)]), features
+        last = laid_out_like(images, self.relu(self.norm(x))) if len(stages) == count else taken[max(chosen)]
+        return last, features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Gradient checkpointing: the 1×1 convs' outputs are not kept for backward, but computed again."""
