@@ -11,6 +11,7 @@ from frozen import FrozenModule, FrozenSubclass
 from helpers import error
 from plain import assert_alike, pair
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import seqconv_triton as sct
 
@@ -105,3 +106,96 @@ def test_frozen_without_eps() -> None:
     assert_alike(layer, plain)
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     assert error(sct.fuse(layer)(x), plain(x)) < 1e-10
+
+
+class Blended(FrozenSubclass):
+    """Running and batch statistics in parts, as test-time adaptation has them."""
+
+    alpha = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.alpha * self.running_mean + (1 - self.alpha) * x.detach().mean((0, 2, 3))
+        return nn.functional.batch_norm(x, mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class ByBuffer(FrozenSubclass):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.register_buffer("frozen", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.frozen else nn.BatchNorm2d.forward(self, x)
+
+
+class ByGradient(FrozenSubclass):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x) if self.weight.requires_grad else super().forward(x)
+
+
+class Thawed(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x)
+
+
+CHANGES: dict[str, tuple[type[FrozenSubclass], Callable[[nn.Module], object]]] = {
+    "a-number": (Blended, lambda norm: setattr(norm, "alpha", 0.5)),
+    "a-buffer": (ByBuffer, lambda norm: norm.frozen.fill_(False)),
+    "what-is-trained": (ByGradient, lambda norm: norm.requires_grad_(True)),
+    "its-class": (FrozenSubclass, lambda norm: setattr(norm, "__class__", Thawed)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_frozen_is_tried_again_when_it_changes(change: str) -> None:
+    make, thaw = CHANGES[change]
+    layer, plain = pair()
+    layer.norm = make(layer.norm)
+    plain.replace(make)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    for _ in range(2):
+        assert error(layer(x), plain(x)) < 1e-10
+    thaw(layer.norm)
+    with pytest.raises(TypeError, match=r"norm is a \w+, which computes otherwise"):
+        layer(x)
+
+
+def test_what_is_frozen_is_tried_again_when_its_class_has_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = pair()
+    layer.norm = Freezable(layer.norm)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    layer(x)
+    monkeypatch.setattr(Freezable, "forward", Thawed.forward)
+    with pytest.raises(TypeError, match="norm is a Freezable"):
+        layer(x)
+
+
+def test_what_is_frozen_is_tried_apart_from_what_goes_on() -> None:
+    """Under checkpointing, vmap, inference_mode and autocast, on the first call."""
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def fresh() -> tuple[sct.SeqConv2d, nn.Module]:
+        layer, plain = pair()
+        layer.norm = FrozenSubclass(layer.norm)
+        plain.replace(FrozenSubclass)
+        return layer, plain
+
+    layer, plain = fresh()
+    (got,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    assert error(got, expected) < 1e-10
+    layer, plain = fresh()
+    weights = torch.stack([layer.norm.weight.detach(), 2 * layer.norm.weight.detach()])
+    with torch.no_grad():
+        got = torch.vmap(lambda weight: torch.func.functional_call(layer, {"norm.weight": weight}, (x,)))(weights)
+        assert error(got[0], plain(x)) < 1e-10
+        for norm in plain.norms:
+            norm.weight.mul_(2)
+        assert error(got[1], plain(x)) < 1e-10
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        layer, plain = fresh()
+        with mode:
+            assert error(layer(x.detach()), plain(x.detach())) < 1e-10

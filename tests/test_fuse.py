@@ -209,6 +209,39 @@ def test_bns_of_the_stem_that_cannot_be_folded() -> None:
             sct.fuse(model)
 
 
+class AlwaysInTraining(nn.BatchNorm2d):
+    """Test-time adaptation: the batch's statistics in evaluation, too."""
+
+    def train(self, mode: bool = True) -> AlwaysInTraining:
+        return super().train(True)
+
+
+@pytest.mark.parametrize("name", ["norm", "stem.1", "stages.0.norm"])
+def test_bns_that_stay_in_training_are_refused(name: str) -> None:
+    model = small_imagenet()
+    model.set_submodule(name, AlwaysInTraining(model.get_submodule(name).num_features))
+    with pytest.raises(ValueError, match=r"norm: a|stem\.1: a") as caught:
+        sct.fuse(model)
+    assert "AlwaysInTraining that eval() leaves in training mode" in str(caught.value)
+
+
+class Standardised(nn.Conv2d):
+    """As timm's StdConv2d: its weight is not what it computes with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.flatten(1).std(1)[:, None, None, None], None, self.stride, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"plain": True}], ids=str)
+def test_a_stems_conv_of_another_kind_keeps_its_weight(options: dict[str, bool]) -> None:
+    model = small_imagenet()
+    first = model.stem[0]
+    model.stem[0] = Standardised(first.in_channels, first.out_channels, 3, first.stride, 1, bias=False)
+    model, x = randomise(model, layer_b=0.3).double().eval(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    assert error(sct.fuse(model, **options)(x), model(x)) < 1e-10
+
+
 @pytest.mark.parametrize("options", [{}, {"pack": True}, {"plain": True}], ids=str)
 def test_nothing_of_ours_trains_in_a_fused_network(options: dict[str, bool]) -> None:
     for network in (small_imagenet(), sct.CifarSeqResNet(4, 1)):

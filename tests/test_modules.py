@@ -115,6 +115,17 @@ def test_code_behind_a_layer_may_view_it(backend: str) -> None:
         assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("make", [lambda: sct.SeqConv2d(3, 8, 4), lambda: sct.CifarSeqResNet(4, 1)])
+def test_gradients_of_images_may_be_viewed(make: Callable[[], nn.Module]) -> None:
+    """As attacks and saliency maps do; of images in channels-last they are so too."""
+    module, x = make().eval(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert gradient.view(2, -1).norm() > 0 and not x._backward_hooks
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    (same,) = torch.autograd.grad(module(last).square().sum(), last)
+    assert same.is_contiguous(memory_format=torch.channels_last) and error(same, gradient) < 1e-5
+
+
 @pytest.mark.parametrize(
     "layout",
     [

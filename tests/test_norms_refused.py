@@ -60,6 +60,93 @@ class OwnForward(FrozenSubclass):
         return nn.BatchNorm2d.forward(self, x)
 
 
+def by_batch(norm: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+
+
+class WhereItIsTrained(FrozenSubclass):
+    """Frozen where its weight needs no gradient, as Keras has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if self.weight.requires_grad else super().forward(x)
+
+
+class WhereGradientsAre(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if torch.is_grad_enabled() else super().forward(x)
+
+
+class WhereImagesNeedGradients(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if x.requires_grad else super().forward(x)
+
+
+class WhereImagesAreLarge(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if x.shape[2:].numel() > 8 else super().forward(x)
+
+
+class ConstantWeight(FrozenSubclass):
+    """Its weight and bias have no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.detach(), self.bias.detach()
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+
+
+class NoGradient(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class CollectsMeans(FrozenModule):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.register_buffer("sum", torch.zeros_like(self.weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sum += x.detach().mean((0, 2, 3))
+        return super().forward(x)
+
+
+class CollectsImages(FrozenModule):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.images: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images.append(x)
+        return super().forward(x)
+
+
+class CountsBatches(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked += 1
+        return super().forward(x)
+
+
+class Adapted(FrozenModule):
+    """With a scale of its own to train, which changes nothing at first."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.scale = nn.Parameter(torch.ones_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale[:, None, None]
+
+
+class Doubled(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OfEachImage(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.instance_norm(x))
+
+
 OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GroupNorm": lambda norm: nn.GroupNorm(2, norm.num_features),
     "LayerNorm": lambda norm: nn.LayerNorm(norm.num_features),
@@ -71,6 +158,10 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "MovingStatistics": MovingStatistics,
     "ReplacedStatistics": ReplacedStatistics,
 }
+CLOSE = [
+    WhereItIsTrained, WhereGradientsAre, WhereImagesNeedGradients, WhereImagesAreLarge, ConstantWeight, NoGradient,
+    CollectsMeans, CollectsImages, CountsBatches, Adapted, Doubled, OfEachImage,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -84,6 +175,19 @@ def test_what_is_no_bn_is_refused_by_name(other: str, kind: str, training: bool)
     with pytest.raises(TypeError, match=f"norm is a {other}"):
         sct.fuse(layer)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", CLOSE)
+def test_what_is_almost_frozen_is_refused_by_name(kind: type[nn.Module]) -> None:
+    layer, x = replace(sct.SeqConv2d(6, 12, 4, bottleneck=True), kind), torch.randn(2, 6, 4, 4)
+    state = copy.deepcopy(layer.state_dict())
+    for given in (x, x.clone().requires_grad_()):
+        with pytest.raises(TypeError, match=f"norm is a {kind.__name__}"):
+            layer(given)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert not getattr(layer.norm, "images", [])
+    with pytest.raises(TypeError, match=f"norm is a {kind.__name__}"):
+        torch.export.export(layer, (x,), strict=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -113,10 +217,18 @@ def test_what_is_no_bn_is_refused_where_tensors_have_no_values(kind: Callable[[n
 def test_weights_of_zeros_tell_no_bn_from_another() -> None:
     """As they are where training starts from identity blocks."""
     layer = replace(sct.SeqConv2d(6, 12, 4), OwnStatistics)
-    layer.norm.weight.data.zero_()
-    with pytest.raises(TypeError, match="norm is a OwnStatistics"):
-        layer(torch.randn(2, 6, 4, 4))
+    for vector, value in (("weight", 0.0), ("weight", 1e-9), ("running_var", 0.0)):
+        layer.norm.get_buffer(vector).fill_(value)
+        with pytest.raises(TypeError, match="norm is a OwnStatistics"):
+            layer(torch.randn(2, 6, 4, 4))
     frozen = replace(sct.SeqConv2d(6, 12, 4), FrozenModule)
     frozen.norm.weight.data.zero_()
     frozen.norm.register_buffer("other", torch.full((3,), torch.nan))
     assert not frozen(torch.randn(2, 6, 4, 4)).any()
+
+
+def test_a_lazy_bn_is_refused_by_name() -> None:
+    layer = sct.SeqConv2d(6, 12, 4)
+    layer.norm = nn.LazyBatchNorm2d()
+    with pytest.raises(ValueError, match="norm is a LazyBatchNorm2d that does not know its channels yet"):
+        layer(torch.randn(2, 6, 4, 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqconv_triton.nn.classifier import PublishedClassifier
-from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like
+from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like, with_gradient_like
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.nn.watched import has_other_forward
@@ -139,7 +139,7 @@ def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
     """Images as the stages want them, channels-last, if they fit the first conv's weight."""
     if weight is not None:
         check_network_input(x, weight)
-    return x.contiguous(memory_format=torch.channels_last)
+    return with_gradient_like(x).contiguous(memory_format=torch.channels_last)
 
 
 def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:

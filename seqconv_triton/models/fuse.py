@@ -100,7 +100,7 @@ def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
         stage = StageArguments(module.plan, convs, norms, statistics, module.eps)
         features = module.feature_channels if isinstance(module, Stage) else (0, 0)
         new = PlainSeqConv(module.plan, constants(stage, convs.transform.dtype), features).eval()
-    elif isinstance(module, StemConv2d):
+    elif isinstance(module, StemConv2d) and _is_conv(module):
         new = plain_conv(
             module.in_channels, module.out_channels, 3, module.stride[0], 1, module.weight, module.bias
         ).eval()  # fmt: skip
@@ -126,9 +126,11 @@ def _freeze(module: PackedSeqConv) -> None:
 
 def _affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
     """The scale and shift of a BN in evaluation, computed in float64."""
-    (weight, bias, mean, var), _, eps, _ = read(name, norm, like)
+    (weight, bias, mean, var), statistics, eps, _ = read(name, norm, like)
     if mean is None or var is None:
         raise ValueError(f"{name}: a BN without running statistics (track_running_stats=False) cannot be folded")
+    if statistics == "batch":
+        raise ValueError(f"{name}: a {type(norm).__name__} that eval() leaves in training mode cannot be folded")
     scale = weight.double() * (var.double() + eps).rsqrt()
     shift = bias.double() - scale * mean.double()
     return Affine(scale.to(weight.dtype), shift.to(bias.dtype))
@@ -144,7 +146,7 @@ def _touched(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
             parts = {f"stem.{i}": part for i, part in enumerate(module.stem) if isinstance(part, _BatchNorm)}
             parts |= {f"stem.{i - 1}": module.stem[i - 1] for i in _behind_convs(module.stem)}
             parts |= {} if isinstance(module.norm, nn.Identity) else {"norm": module.norm}
-        elif plain and isinstance(module, StemConv2d):
+        elif plain and isinstance(module, StemConv2d) and _is_conv(module):
             parts = {"": module}
         for name, part in parts.items():
             yield ".".join(filter(None, (prefix, name))) or type(part).__name__, part
@@ -153,7 +155,12 @@ def _touched(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
 def _behind_convs(stem: nn.Sequential) -> list[int]:
     """The BNs of a stem that are folded into the conv before them."""
     pairs = pairwise(stem)
-    return [i for i, (a, b) in enumerate(pairs, 1) if isinstance(a, nn.Conv2d) and isinstance(b, _BatchNorm)]
+    return [i for i, (a, b) in enumerate(pairs, 1) if _is_conv(a) and isinstance(b, _BatchNorm)]
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """A Conv2d that computes as PyTorch's does: one that standardises its weight, say, cannot take up a BN."""
+    return type(module).forward in (nn.Conv2d.forward, StemConv2d.forward)
 
 
 def _fold_stem(stem: nn.Sequential) -> None:

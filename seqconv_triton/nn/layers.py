@@ -225,7 +225,7 @@ class SeqConv2d(PackedSeqConv):
     @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The activated output [N, out_channels, H, W] of an activated x, in the memory format of x."""
-        return laid_out_like(x, self._run(x)[0].out)
+        return laid_out_like(x, self._run(with_gradient_like(x))[0].out)
 
     @leaf
     def forward_raw(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -269,6 +269,17 @@ class Stage(PackedSeqConv):
 def laid_out_like(x: Tensor, out: Tensor) -> Tensor:
     """A channels-last result; contiguous, as a plain conv's is, where that would not take x for channels-last."""
     return out if _is_channels_last(x) else out.contiguous()
+
+
+def with_gradient_like(x: Tensor) -> Tensor:
+    """x, and where it is not channels-last its gradient contiguous too: `torch.autograd.grad(…)[0].view(n, -1)`."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return x
+    if not isinstance(x, Tensor) or not x.requires_grad or x.dim() != 4 or _is_channels_last(x):
+        return x
+    x = x.view_as(x)
+    x.register_hook(Tensor.contiguous)
+    return x
 
 
 def _is_channels_last(x: Tensor) -> bool:

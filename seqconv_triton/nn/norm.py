@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
 from seqconv_triton.backend.ranks import Known, batch_norm, group_name
@@ -107,8 +108,8 @@ class StageNorms(NamedTuple):
 def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
     """The BN in a module; without an affine it is that of ones and zeros, on the device and in the dtype of `like`.
 
-    Raises TypeError, with the name, for a module that is no BN, ValueError for a BN with a mean or a variance alone,
-    and where running statistics would need a gradient.
+    Raises TypeError, with the name, for a module that is no BN, ValueError for a BN with a mean or a variance alone or
+    without its parameters yet, and where running statistics would need a gradient.
     """
     if isinstance(norm, Affine):
         return Reading(NormVectors(norm.weight, norm.bias), "folded", 0.0)
@@ -120,6 +121,8 @@ def read(name: str, norm: nn.Module, like: Tensor) -> Reading:
         _refuse_gradients(name, norm)
         return Reading(NormVectors(*(getattr(norm, vector) for vector in VECTORS)), "running", eps_of(norm))
     assert isinstance(norm, _BatchNorm)
+    if isinstance(norm, LazyModuleMixin) and norm.has_uninitialized_params():
+        raise ValueError(f"{name} is a {type(norm).__name__} that does not know its channels yet: use nn.BatchNorm2d")
     make_weights(norm)
     mean, var = norm.running_mean, norm.running_var
     if (mean is None) != (var is None):
@@ -177,8 +180,9 @@ def _no_batch_norm(name: str, norm: object) -> str:
 
 def affine(norm: _BatchNorm, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias, ones and zeros where there is none."""
-    weight = like.new_ones(norm.num_features) if norm.weight is None else norm.weight
-    return weight, like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
+    weight, bias = norm.weight, norm.bias  # read once: parametrizations compute them
+    ones = like.new_ones(norm.num_features) if weight is None else weight
+    return ones, like.new_zeros(norm.num_features) if bias is None else bias
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A stage computes its BNs itself, so that theirs is not called. Where it is waited for, it is called behind the stage, on
 the very features it stands for: tools that collect statistics see them, and running statistics are moved by it. What
 hooks would change cannot be used any more: they must hand on what they are given, and a forward in the place of the
-BN's own must return what the stage computed with.
+BN's own must return what the stage computed with, with the gradients that a BN has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
@@ -57,7 +58,10 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
 
 def _lacks_weights(norm: nn.Module) -> bool:
     vectors = (getattr(norm, vector, None) for vector in VECTORS)
-    return any(isinstance(vector, Tensor) and (vector.is_meta or vector.numel() == 0) for vector in vectors)
+    tensors = [
+        v for v in vectors if isinstance(v, Tensor) and not isinstance(v, UninitializedBuffer | UninitializedParameter)
+    ]
+    return any(tensor.is_meta or tensor.numel() == 0 for tensor in tensors)
 
 
 def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
@@ -180,8 +184,8 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, batch: Known | N
         unchanged = unchanged and _close(own.double(), _expected(raw, bn, batch), TOLERANCE.get(raw.dtype, 0.1))
     if not unchanged:
         raise RuntimeError(
-            f"a hook on {name}, or a forward in the place of its own, returned something else than its BN: a stage "
-            "computes its BNs itself and cannot use that"
+            f"a hook on {name}, or a forward in the place of its own, returned something else than its BN, or called "
+            "it again: a stage computes its BNs itself and cannot use that"
         )
     if [_waits(raw), _waits(out)] != waiting:
         raise no_gradient
