@@ -41,7 +41,7 @@ emulate: $(READY) ## Execute the compiled kernels of the whole table without a G
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(VENV) -m emulator $(ARGS)
 
 facilities: $(READY) ## Run the tests behind docs/facilities.md and write its table
-	OMP_NUM_THREADS=2 $(VENV) tests/facilities.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV) tests/facilities.py $(ARGS)
 
 # With an interpreter that has timm, torchvision and pytest, not the CPU one of .venv.
 timm: ## Run timm's own tests of models on ours and write the table of docs/timm.md

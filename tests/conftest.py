@@ -43,6 +43,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def threads_put_back() -> Iterator[None]:
+    """Where a command sets how many threads there are: on fewer cores, later tests would spend their time waiting."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name == "gpu" else ()) for name in PLACES])
 def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device of a place, with its backend in use."""
