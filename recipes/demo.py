@@ -33,7 +33,7 @@ class DemoConfig:
     """What the demo does; `train_images` keeps that many of the 1,437 training images."""
 
     output: Path = Path("out/demo")
-    epochs: int = 16
+    epochs: int = 10
     seed: int = 0
     max_shift: float = 0.5
     train_images: int | None = None
@@ -52,7 +52,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=DemoConfig.output, help="folder (default: out/demo)")
-    parser.add_argument("--epochs", type=int, default=DemoConfig.epochs, help="default: 16")
+    parser.add_argument("--epochs", type=int, default=DemoConfig.epochs, help="default: 10")
     parser.add_argument("--seed", type=int, default=DemoConfig.seed, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
 
