@@ -141,10 +141,63 @@ class Thawed(FrozenSubclass):
         return nn.BatchNorm2d.forward(self, x)
 
 
+class ByMomentum(FrozenSubclass):
+    momentum = 0.0
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.momentum = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        with torch.no_grad():
+            self.running_mean.lerp_(x.mean((0, 2, 3)), self.momentum)
+        return out
+
+
+class WithinTraining(FrozenSubclass):
+    """The batch's statistics in evaluation alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else nn.functional.instance_norm(x)
+
+
+class FixedEps(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return nn.functional.batch_norm(x, *vectors, False, 0.0, 1e-5)
+
+
+class Dropping(FrozenSubclass):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class Scaled(FrozenSubclass):
+    """Computes its scale where it is made."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm)
+        self.register_buffer("scale", (self.weight * (self.running_var + self.eps).rsqrt()).detach())
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean[:, None, None]) * self.scale[:, None, None] + self.bias[:, None, None]
+
+
 CHANGES: dict[str, tuple[type[FrozenSubclass], Callable[[nn.Module], object]]] = {
     "a-number": (Blended, lambda norm: setattr(norm, "alpha", 0.5)),
     "a-buffer": (ByBuffer, lambda norm: norm.frozen.fill_(False)),
     "what-is-trained": (ByGradient, lambda norm: norm.requires_grad_(True)),
+    "momentum": (ByMomentum, lambda norm: setattr(norm, "momentum", 0.5)),
+    "eps": (FixedEps, lambda norm: setattr(norm, "eps", 0.1)),
+    "mode": (WithinTraining, lambda norm: norm.eval()),
+    "a-module-inside": (Dropping, lambda norm: setattr(norm.drop, "p", 0.5)),
+    "weights-behind-a-copy": (Scaled, lambda norm: norm.weight.mul_(2)),
     "its-class": (FrozenSubclass, lambda norm: setattr(norm, "__class__", Thawed)),
 }
 
@@ -171,6 +224,37 @@ def test_what_is_frozen_is_tried_again_when_its_class_has_another_forward(monkey
     monkeypatch.setattr(Freezable, "forward", Thawed.forward)
     with pytest.raises(TypeError, match="norm is a Freezable"):
         layer(x)
+
+
+@torch.compile(backend="eager")
+def compiled_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+class Compiled(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return compiled_affine(x, scale, self.bias - self.running_mean * scale)
+
+
+def test_what_is_frozen_may_compile_a_part_of_itself() -> None:
+    """Under torch.compile, which lets one thread compile at a time."""
+    layer, plain = pair()
+    layer.norm = Compiled(layer.norm)
+    plain.replace(FrozenModule)
+    torch._dynamo.reset()
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    assert error(torch.compile(layer, backend="eager")(x), plain(x)) < 1e-10
+
+
+def test_what_is_frozen_is_tried_under_transforms() -> None:
+    layer, plain = pair()
+    layer.norm = FrozenSubclass(layer.norm)
+    plain.replace(FrozenSubclass)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    with sct.use_backend("reference"):
+        got = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    assert error(got, torch.func.grad(lambda x: plain(x).square().sum())(x)) < 1e-10
 
 
 def test_what_is_frozen_is_tried_apart_from_what_goes_on() -> None:

@@ -147,6 +147,46 @@ class OfEachImage(FrozenModule):
         return super().forward(nn.functional.instance_norm(x))
 
 
+class OfOneImage(FrozenSubclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if x.shape[0] == 1 else super().forward(x)
+
+
+class WithoutEps(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.running_mean[:, None, None]) * self.running_var.rsqrt()[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ClampedVariance(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        var = self.running_var.clamp_min(1e-3)
+        return nn.functional.batch_norm(x, self.running_mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class ClampedOutput(FrozenModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp_max(6)
+
+
+class PositiveWeight(FrozenModule):
+    """As InPlaceABN has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs() * (self.running_var + self.eps).rsqrt()
+        return (x - self.running_mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+
+
+class UntilToldToTrain(FrozenSubclass):
+    """Its train() freezes it, which nobody has called."""
+
+    def train(self, mode: bool = True) -> UntilToldToTrain:
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_batch(self, x) if self.training else super().forward(x)
+
+
 OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GroupNorm": lambda norm: nn.GroupNorm(2, norm.num_features),
     "LayerNorm": lambda norm: nn.LayerNorm(norm.num_features),
@@ -160,7 +200,8 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 CLOSE = [
     WhereItIsTrained, WhereGradientsAre, WhereImagesNeedGradients, WhereImagesAreLarge, ConstantWeight, NoGradient,
-    CollectsMeans, CollectsImages, CountsBatches, Adapted, Doubled, OfEachImage,
+    CollectsMeans, CollectsImages, CountsBatches, Adapted, Doubled, OfEachImage, OfOneImage, WithoutEps,
+    ClampedVariance, ClampedOutput, PositiveWeight, UntilToldToTrain,
 ]  # fmt: skip
 
 
@@ -179,7 +220,11 @@ def test_what_is_no_bn_is_refused_by_name(other: str, kind: str, training: bool)
 
 @pytest.mark.parametrize("kind", CLOSE)
 def test_what_is_almost_frozen_is_refused_by_name(kind: type[nn.Module]) -> None:
-    layer, x = replace(sct.SeqConv2d(6, 12, 4, bottleneck=True), kind), torch.randn(2, 6, 4, 4)
+    layer, x = sct.SeqConv2d(6, 12, 4, bottleneck=True), torch.randn(2, 6, 4, 4)
+    for norm in (layer.norm, layer.reduce_norm):
+        norm.running_var.mul_(torch.logspace(-5, 0, 12))
+        norm.weight.data[::2] *= -1
+    layer = replace(layer, kind)
     state = copy.deepcopy(layer.state_dict())
     for given in (x, x.clone().requires_grad_()):
         with pytest.raises(TypeError, match=f"norm is a {kind.__name__}"):

@@ -160,6 +160,8 @@ def _behind_convs(stem: nn.Sequential) -> list[int]:
 
 def _is_conv(module: nn.Module) -> bool:
     """A Conv2d that computes as PyTorch's does: one that standardises its weight, say, cannot take up a BN."""
+    if not isinstance(module, nn.Conv2d) or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return False
     return type(module).forward in (nn.Conv2d.forward, StemConv2d.forward)
 
 
