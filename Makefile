@@ -34,7 +34,7 @@ slow: $(READY) ## Run those larger cases (tests/slow.py)
 
 # With the torch that torchvision is built for, gigabytes on Linux: in an environment of its own.
 libraries: $(LIBRARIES) ## Run the tests that need timm, torchvision, accelerate, fvcore, torchao and others
-	OMP_NUM_THREADS=2 $(LIBRARIES_PYTHON) tests/facilities.py --libraries $(ARGS)
+	OMP_NUM_THREADS=1 $(LIBRARIES_PYTHON) tests/facilities.py --libraries $(ARGS)
 
 # Hours on two cores: every case, configuration and mutation. `make test` executes a share of it in minutes.
 emulate: $(READY) ## Execute the compiled kernels of the whole table without a GPU, results in docs/results/
