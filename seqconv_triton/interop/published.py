@@ -20,7 +20,7 @@ from seqconv_triton.models.backbone import Backbone
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import ImageNetNetwork, SeqResNeXt24
 from seqconv_triton.nn.computed import make_weights, refuse_computed, refuse_offloaded
-from seqconv_triton.nn.frozen import VECTORS
+from seqconv_triton.nn.frozen_trial import VECTORS
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.nn.norm import Affine, is_batch_norm
 

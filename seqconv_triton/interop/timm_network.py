@@ -15,7 +15,7 @@ from seqconv_triton.models.backbone import Backbone, chosen_stages
 from seqconv_triton.models.cifar import CifarSeqResNet
 from seqconv_triton.models.imagenet import SeqResNetB22, SeqResNetB42, SeqResNeXt24
 from seqconv_triton.nn.computed import refuse_computed
-from seqconv_triton.nn.frozen import twin
+from seqconv_triton.nn.frozen_trial import twin
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.nn.norm import Affine
 

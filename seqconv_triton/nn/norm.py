@@ -22,7 +22,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from seqconv_triton.backend.contract import Norms, NormVectors, StatisticsMode
 from seqconv_triton.backend.ranks import Known, batch_norm, group_name
 from seqconv_triton.nn.computed import make_weights
-from seqconv_triton.nn.frozen import VECTORS, eps_of, is_frozen
+from seqconv_triton.nn.frozen import is_frozen
+from seqconv_triton.nn.frozen_trial import VECTORS, eps_of
 from seqconv_triton.nn.leaf import leaf
 
 

@@ -21,7 +21,7 @@ from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.ranks import Known
 from seqconv_triton.nn.computed import MAKERS
-from seqconv_triton.nn.frozen import VECTORS
+from seqconv_triton.nn.frozen_trial import VECTORS
 from seqconv_triton.nn.norm import Reading, StageNorms, knowing, normalise
 from seqconv_triton.nn.norm import read as read_norm
 from seqconv_triton.plan import Plan
