@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     # oneDNN's int8 convs need weights that are constants.
-    setattr(importlib.import_module("torch._inductor.config"), "freezing", True)  # noqa: B010
+    setattr(importlib.import_module("torch._inductor.config"), "freezing", True)  # noqa: B010 - the module has no such name for mypy
     print(HEAD)
     print("|" + " --- |" * 7)
     for name in arguments.networks:

@@ -52,8 +52,8 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=DemoConfig.output, help="folder (default: out/demo)")
-    parser.add_argument("--epochs", type=int, default=DemoConfig.epochs, help="default: 10")
-    parser.add_argument("--seed", type=int, default=DemoConfig.seed, help="default: 0")
+    parser.add_argument("--epochs", type=int, default=DemoConfig.epochs, help=f"default: {DemoConfig.epochs}")
+    parser.add_argument("--seed", type=int, default=DemoConfig.seed, help=f"default: {DemoConfig.seed}")
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
 
 

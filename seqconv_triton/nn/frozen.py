@@ -64,9 +64,10 @@ def _is_frozen(norm: nn.Module, flags: object, trained: tuple[bool, ...]) -> boo
     values = all(has_values(vector) for vector in vectors)
     others = list(_others(norm))
     now, before = _Tried((flags, trained, _kinds(norm)), _versions(others)), _frozen.get(norm)
-    same = before is not None and before.flags == now.flags
-    if before and same and (not values or before.tensors in (now.tensors, _versions([*others, *vectors]))):
-        return True
+    if before is not None and before.flags == now.flags:
+        known = not values or before.tensors == now.tensors
+        if known or before.tensors == _versions([*others, *vectors]):
+            return True
     if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in others):
         return False  # it would be trained, and a BN has no such thing
     with apart(), vectors[0].device if values else torch.device("cpu"):

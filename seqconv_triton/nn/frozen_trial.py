@@ -132,11 +132,9 @@ def _run(norm: nn.Module, probe: nn.Module, x: Tensor) -> Tensor | None:
     except Exception:  # of its own code
         return None
     now = _tensors(probe)
-    same = len(now) == len(before) and all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-        for one, other in zip(now, before, strict=True)
-    )
-    return out if same and _counts(probe) == counts and isinstance(out, Tensor) and out.shape == x.shape else None
+    if len(now) != len(before) or not all(map(same, now, before)) or _counts(probe) != counts:
+        return None
+    return out if isinstance(out, Tensor) and out.shape == x.shape else None
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -148,6 +146,15 @@ def _counts(module: nn.Module) -> dict[str, object]:
     held = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     numbers = {name: value for name, value in held.items() if type(value) in (int, float)}
     return numbers | {name: len(value) for name, value in held.items() if isinstance(value, _COLLECTIONS)}
+
+
+def same(one: object, other: Tensor, tolerance: float = 0.0) -> bool:
+    """To the bit, or within a relative tolerance; or NaN in both."""
+    return (
+        isinstance(one, Tensor)
+        and (one.shape, one.dtype) == (other.shape, other.dtype)
+        and torch.allclose(one.detach(), other, rtol=tolerance, atol=0, equal_nan=True)
+    )
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: Tensor) -> bool:

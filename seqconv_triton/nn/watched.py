@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from seqconv_triton.backend.contract import NormVectors, StageOutput
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.ranks import Known
 from seqconv_triton.nn.computed import MAKERS
-from seqconv_triton.nn.frozen_trial import VECTORS
+from seqconv_triton.nn.frozen_trial import VECTORS, same
 from seqconv_triton.nn.norm import Reading, StageNorms, knowing, normalise
 from seqconv_triton.nn.norm import read as read_norm
 from seqconv_triton.plan import Plan
@@ -58,9 +58,7 @@ def fetch(x: Tensor, *norms: nn.Module | None) -> Callable[[], None]:
 
 def _lacks_weights(norm: nn.Module) -> bool:
     vectors = (getattr(norm, vector, None) for vector in VECTORS)
-    tensors = [
-        v for v in vectors if isinstance(v, Tensor) and not isinstance(v, UninitializedBuffer | UninitializedParameter)
-    ]
+    tensors = [vector for vector in vectors if isinstance(vector, Tensor) and not is_lazy(vector)]
     return any(tensor.is_meta or tensor.numel() == 0 for tensor in tensors)
 
 
@@ -179,7 +177,7 @@ def _call(name: str, norm: nn.Module, raw: Tensor, bn: Reading, batch: Known | N
         for handle in handles:
             handle.remove()
     (seen, returned, own), *more = calls
-    unchanged = not more and _same(seen, given) and _same(out, own) and (out is returned or not returned.requires_grad)
+    unchanged = not more and same(seen, given) and same(out, own) and (out is returned or not returned.requires_grad)
     if replaced:
         unchanged = unchanged and _close(own.double(), _expected(raw, bn, batch), TOLERANCE.get(raw.dtype, 0.1))
     if not unchanged:
@@ -200,17 +198,8 @@ def _as_read(now: Reading, then: Reading) -> bool:
     """Whether a BN would compute with what a stage has read; but for the last bits of weights that are computed."""
     used = 4 if then.statistics == "running" else 2
     return (now.statistics, now.eps, now.group) == (then.statistics, then.eps, then.group) and all(
-        one is None if other is None else _same(one, other, 1e-5)
+        one is None if other is None else same(one, other, 1e-5)
         for one, other in zip(now.vectors[:used], then.vectors[:used], strict=True)
-    )
-
-
-def _same(one: object, other: Tensor, tolerance: float = 0.0) -> bool:
-    """To the bit, or within a relative tolerance; or NaN in both."""
-    return (
-        isinstance(one, Tensor)
-        and (one.shape, one.dtype) == (other.shape, other.dtype)
-        and torch.allclose(one.detach(), other, rtol=tolerance, atol=0, equal_nan=True)
     )
 
 
