@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from interpreter import replace_builtins_once_a_launch
+from interpreter import make_interpreter_fast
 from slow import mark_slow
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic mode
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_slow(items)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 PLACES = {"cpu": ("aten", "cpu"), "interpreter": ("triton", "cpu"), "gpu": ("triton", "cuda")}
 
 
@@ -35,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    replace_builtins_once_a_launch()
+    make_interpreter_fast()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)

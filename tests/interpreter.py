@@ -1,24 +1,36 @@
-"""Triton's interpreter without what makes it slow: it looks through all of triton.language at every helper's call.
+"""Triton's interpreter without what makes it slow and changes nothing.
 
-A launch replaces the language's builtins by NumPy's, for good reason. `InterpretedFunction.__call__`, the call of a
-helper inside a kernel, does it again, a third of a test's time, though all is replaced already.
+A launch replaces the language's builtins by NumPy's, for good reason; `InterpretedFunction.__call__`, the call of a
+helper inside a kernel, looks through all of triton.language to do it again. Sums of integers are computed a second time
+in 64 bits for an assertion that is then left out (options.debug is off). NumPy's dtypes stand in a table that is built
+anew for every look-up, and for every value a type is put together, its name, too, letter by letter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import FunctionType
 from typing import Any
 
-_DONE = "_seqconv_tests_replace_once"
+_DONE = "_seqconv_tests_made_fast"
 
 
-def replace_builtins_once_a_launch() -> None:
-    """Of the interpreter, where it has been imported: Triton stays unimported, and may be compiling."""
+def make_interpreter_fast() -> None:
+    """Where it has been imported: Triton stays unimported, and may be compiling. Another version may do without."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    # Another version of Triton may do without.
-    if interpreter is None or _DONE in vars(interpreter) or not hasattr(interpreter, "_LangPatchScope"):
+    if interpreter is None or _DONE in vars(interpreter):
         return
+    setattr(interpreter, _DONE, True)
+    if hasattr(interpreter, "_LangPatchScope"):
+        _replace_builtins_once_a_launch(interpreter)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _keep_types(interpreter)
+
+
+def _replace_builtins_once_a_launch(interpreter: Any) -> None:
     language = interpreter.tl
     replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     replaced: set[frozenset[str]] = set()  # by this launch: the modules of the language that a function's file imports
@@ -36,4 +48,25 @@ def replace_builtins_once_a_launch() -> None:
         launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launch_anew
-    setattr(interpreter, _DONE, True)
+
+
+def _keep_types(interpreter: Any) -> None:
+    block_type, look_up = interpreter.tl.block_type, interpreter._get_np_dtype
+    build = block_type.__init__
+    dtypes: dict[str, Any] = {}
+    blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def np_dtype(kind: Any) -> Any:
+        scalar = kind.scalar
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = look_up(scalar)
+        return dtypes[scalar.name]
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            build(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key] | {"element_ty": element_ty})
+
+    interpreter._get_np_dtype, block_type.__init__ = np_dtype, block
