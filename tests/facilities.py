@@ -35,7 +35,6 @@ class Collector:
         self.libraries, self.outcomes = libraries, Counter[str]()
         self.cells: dict[str, dict[str, dict[str, Counter[str]]]] = {}
         self.tests: dict[str, tuple[str, str, str]] = {}
-        self.compile_cost: dict[str, float] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -59,7 +58,6 @@ class Collector:
         name, where, test = self.tests[report.nodeid]
         if counts:
             self.cells[name][where][test][report.outcome] += 1
-        self.compile_cost |= dict(report.user_properties).get("cost", {}) if report.when == "call" else {}
 
     def table(self) -> str:
         lines = ["| facility | " + " | ".join(TITLES.values()) + " |", "| --- | --- | --- | --- |"]
@@ -79,12 +77,6 @@ class Collector:
         if self.libraries:
             counted = (f"{self.outcomes[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
             lines.append(f"All tests of {', '.join(f'`{name}`' for name in LIBRARY_TESTS)}: {', '.join(counted)}.")
-        if self.compile_cost:
-            lines.append(
-                "Compiling SeqResNet-B42's training step, forward, backward and the first step, from empty caches: "
-                f"{self.compile_cost['nodes']} graph nodes, {self.compile_cost['processor']:.0f} s of processor time, "
-                f"{self.compile_cost['wall']:.0f} s by the clock beside whatever else the machine was doing."
-            )
         return "\n".join(lines)
 
 

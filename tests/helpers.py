@@ -55,7 +55,7 @@ class SmallImageNet(sct.models.imagenet.ImageNetNetwork):
 
     rows = tuple(
         sct.models.imagenet.StageRow(channels, k, s, blocks)
-        for channels, k, s, blocks in ((8, 4, 2, 1), (16, 8, 2, 2), (32, 8, 1, 1), (64, 16, 1, 1))
+        for channels, k, s, blocks in ((8, 4, 2, 1), (16, 8, 2, 2), (32, 16, 1, 1), (64, 32, 1, 1))
     )
 
 

@@ -72,8 +72,8 @@ class Layers(nn.Sequential):
 
 STRICT = {
     "imagenet": small_imagenet,
-    "cifar": lambda: sct.CifarSeqResNet(8, 1),
-    "cifar-dense": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, windowed=False),
+    "cifar": lambda: sct.CifarSeqResNet(16, 1),
+    "cifar-dense": lambda: sct.CifarSeqResNet(16, 1, bottleneck=True, windowed=False),
     "layers": lambda: Layers(sct.SeqConv2d(3, 12, 4, bottleneck=True), sct.SeqConv2d(12, 20, 5)),
 }
 
@@ -119,7 +119,7 @@ def test_aot_inductor(tmp_path: Path, fused_ops: bool) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_traced_by_torchscript(grad: bool) -> None:
     """Deprecated, and yet in use: a trace holds PyTorch's own operators, and takes other sizes."""
-    model = randomise(sct.CifarSeqResNet(8, 1, bottleneck=True)).eval()
+    model = randomise(sct.CifarSeqResNet(16, 1, bottleneck=True)).eval()
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, torch.randn(2, 3, 8, 8))
     assert "seqconv_triton::" not in str(traced.inlined_graph)

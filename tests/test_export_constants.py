@@ -22,9 +22,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "b22": lambda: sct.SeqResNetB22(num_classes=7),
     "seqresnext": lambda: sct.SeqResNeXt24(num_classes=7, repeat_extension=True),
     "small-imagenet": small_imagenet,
-    "cifar": lambda: sct.CifarSeqResNet(8, 1),
-    "cifar-bottleneck": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True),
-    "cifar-dense": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, windowed=False),
+    "cifar": lambda: sct.CifarSeqResNet(16, 1),
+    "cifar-bottleneck": lambda: sct.CifarSeqResNet(16, 1, bottleneck=True),
+    "cifar-dense": lambda: sct.CifarSeqResNet(16, 1, bottleneck=True, windowed=False),
     "layer": lambda: nn.Sequential(sct.SeqConv2d(3, 12, 4, bottleneck=True, subgroups=2)),
 }
 
@@ -108,7 +108,7 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
 @facility("sct.fuse(model, plain=True): ordinary modules, in the hands of copy, load_state_dict, to, functional_call")
 def test_a_plain_model_is_as_any_other(tmp_path: Path) -> None:
     _, folded, x = fused(FAMILIES["cifar-bottleneck"])
-    other = sct.fuse(randomise(sct.CifarSeqResNet(8, 1, bottleneck=True), seed=1), plain=True)
+    other = sct.fuse(randomise(sct.CifarSeqResNet(16, 1, bottleneck=True), seed=1), plain=True)
     with torch.no_grad():
         expected, before = folded(x), other(x)
         assert error(before, expected) > 0.1

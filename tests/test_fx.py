@@ -51,9 +51,9 @@ def layer() -> nn.Module:
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "imagenet": small_imagenet,
-    "cifar-dropout": lambda: sct.CifarSeqResNet(8, 1, bottleneck=True, dropout=0.5),
-    "published-classifier": lambda: sct.CifarSeqResNet(8, 1, dropout=0.0, num_classes=100),
-    "headless": lambda: sct.CifarSeqResNet(8, 1, num_classes=0),
+    "cifar-dropout": lambda: sct.CifarSeqResNet(16, 1, bottleneck=True, dropout=0.5),
+    "published-classifier": lambda: sct.CifarSeqResNet(16, 1, dropout=0.0, num_classes=100),
+    "headless": lambda: sct.CifarSeqResNet(16, 1, num_classes=0),
     "synchronised": lambda: sct.convert_sync_batchnorm(small_imagenet()),
     "recomputing": lambda: recomputing(small_imagenet()),
     "features": lambda: Maps(small_imagenet()),
@@ -143,7 +143,7 @@ def test_part_of_a_network() -> None:
 
 def test_hooks_run_once() -> None:
     """fx traces the hooks of a module that it opens, whose node must not run them again."""
-    model = randomise(sct.CifarSeqResNet(8, 1)).eval()
+    model = randomise(sct.CifarSeqResNet(16, 1)).eval()
     x = torch.randn(2, 3, 8, 8)
     plain = model(x)
     model.stages[0].register_forward_hook(lambda module, inputs, output: output * 2)
