@@ -295,4 +295,8 @@ if __name__ == "__main__":
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=5),
     )  # fmt: skip
     work(folder)
+    if work is parallel:  # once there are two processes: what one that is killed should come to
+        undisturbed = folder / "undisturbed"
+        undisturbed.mkdir(exist_ok=True)
+        elastic(undisturbed)
     dist.destroy_process_group()

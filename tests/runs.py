@@ -11,9 +11,9 @@ import torch
 
 from recipes.training import Config, checkpoint
 
-OPTIONS = {"group_width": 4, "widen": 1}
+OPTIONS = {"group_width": 16, "widen": 1}
 TINY = [
-    *("train", "--model", "cifar_custom", "--model-options", "group_width=4", "widen=1"),
+    *("train", "--model", "cifar_custom", "--model-options", "group_width=16", "widen=1"),
     *("--train-images", "100", "--batch-size", "20", "--epochs", "2", "--device", "cpu"),
 ]
 

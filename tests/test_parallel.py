@@ -41,21 +41,27 @@ def torchrun(what: str, folder: Path, place: str, *options: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, dict[str, float]]:
-    """What `errors` has found out, by device."""
+def runs() -> dict[str, Path]:
+    """Where the two ranks of `folder` have written, by device."""
     return {}
 
 
 @pytest.fixture
-def errors(runs: dict[str, dict[str, float]], place: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """The worst error, over both ranks, of everything that ranks.py compares; the interpreter is on the CPU."""
+def folder(runs: dict[str, Path], place: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one run of ranks.py, for all tests; the interpreter is on the CPU."""
     device = "gpu" if place == "gpu" else "cpu"
     if device not in runs:
-        folder = tmp_path_factory.mktemp("ranks")
-        torchrun("parallel", folder, device)
-        ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-        runs[device] = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        made = tmp_path_factory.mktemp("ranks")
+        torchrun("parallel", made, device)
+        runs[device] = made
     return runs[device]
+
+
+@pytest.fixture
+def errors(folder: Path) -> dict[str, float]:
+    """The worst error, over both ranks, of everything that ranks.py compares."""
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 
 @facility("sct.convert_sync_batchnorm under DDP: two ranks equal one with the whole batch")
@@ -117,15 +123,13 @@ def test_compiled_ddp(errors: dict[str, float]) -> None:
 
 @facility("A rank killed in mid-epoch: torchrun --max-restarts resumes and ends at the same weights")
 @places
-def test_killed_rank_resumes(tmp_path: Path, place: str) -> None:
-    for name in ("undisturbed", "killed"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "killed" / "kill").touch()
-    for name in ("undisturbed", "killed"):
-        torchrun("elastic", tmp_path / name, place, "--max-restarts=1")
-    assert (tmp_path / "undisturbed" / "starts-0").read_text().split() == ["0"]
-    assert (tmp_path / "killed" / "starts-0").read_text().split() == ["0", "1"]
-    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("undisturbed", "killed")]
+def test_killed_rank_resumes(folder: Path, tmp_path: Path, place: str) -> None:
+    undisturbed = folder / "undisturbed"
+    (tmp_path / "kill").touch()
+    torchrun("elastic", tmp_path, place, "--max-restarts=1")
+    assert (undisturbed / "starts-0").read_text().split() == ["0"]
+    assert (tmp_path / "starts-0").read_text().split() == ["0", "1"]
+    states = [torch.load(path / "last.pt", weights_only=True) for path in (undisturbed, tmp_path)]
     assert states[0]["epochs"] == states[1]["epochs"] == 3
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name

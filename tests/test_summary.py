@@ -78,12 +78,8 @@ def test_info_prints_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "seqresnet_b22", "--windows"]) == 0
     text = capsys.readouterr().out
     assert "11,859,656 in 43 tensors" in text and "2.73" in text and "====#" in text
-
-
-def test_info_lists_all_models(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--image-size", "32"]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in sct.list_models())
+    assert main(["info", "cifar_seqresnet_r4_k8", "--image-size", "16"]) == 0
+    assert capsys.readouterr().out.startswith("cifar_seqresnet_r4_k8 at 16×16")
 
 
 @pytest.mark.parametrize(
@@ -118,23 +114,16 @@ def test_images_that_commands_measure_with(batch: int, size: int | None, said: s
 
 
 IMPORT = """
-import sys, time, torch
+import sys, torch
 before = set(sys.modules)
-start = time.perf_counter()
 import seqconv_triton
-seconds = time.perf_counter() - start
 new = set(sys.modules) - before
-print(seconds, torch.cuda.is_initialized(), *sorted(m for m in new if m.split(".")[0] in
+print(torch.cuda.is_initialized(), *sorted(m for m in new if m.split(".")[0] in
       {"triton", "matplotlib", "sklearn", "tqdm", "scipy", "timm", "torchvision", "recipes", "bench"}))
 """
 
 
 def test_import_is_light() -> None:
-    """No Triton, no GPU, no extras, and less than 0.3 s beyond torch (the best of three)."""
-    best = float("inf")
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-        seconds, initialised, *heavy = done.stdout.split()
-        assert initialised == "False" and not heavy
-        best = min(best, float(seconds))
-    assert best < 0.3
+    """No Triton, no GPU, no extras."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

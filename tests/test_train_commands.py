@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import run_recipe, tiny
+from runs import OPTIONS, run_recipe, tiny
 from torch import Tensor
 
 pytest.importorskip("sklearn", reason="the digits")
@@ -85,14 +89,16 @@ def exported(run: Path) -> Path:
     """Beside the checkpoint: what examples/export_checkpoint.py has written."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the onnx extra")
-    from examples import export_checkpoint
-
-    export_checkpoint.main(run / "best.pt")
+    script = Path(__file__).parent.parent / "examples" / "export_checkpoint.py"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", [script.name, str(run / "best.pt")])
+        runpy.run_path(str(script), run_name="__main__")
+    assert "BN folded: largest difference" in out.getvalue()
     return run
 
 
 def test_exported_weights(exported: Path) -> None:
-    model = sct.CifarSeqResNet(4, 1, num_classes=10, in_chans=1)
+    model = sct.CifarSeqResNet(**OPTIONS, num_classes=10, in_chans=1)
     model.load_state_dict(torch.load(exported / "best.pth", weights_only=True))
 
 
