@@ -13,7 +13,7 @@ import seqconv_triton as sct
 
 facility = pytest.mark.facility
 # Models, and whether they are fused.
-FEW = (("seqresnet_b22", False), ("cifar_seqresnet_r4_k8", True), ("cifar_seqresnet_dense_r3_k8_n121", True))
+FEW = (("seqresnet_b22", False), ("cifar_seqresnet_r4_k16", True), ("cifar_seqresnet_dense_r3_k8_n121", True))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

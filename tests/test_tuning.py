@@ -24,13 +24,14 @@ from seqconv_triton import cli
 from seqconv_triton.kernels import configs, launch, tables
 from seqconv_triton.kernels.candidates import candidates, fits
 from seqconv_triton.kernels.configs import config_for
-from seqconv_triton.kernels.heuristic import Key, LaunchConfig, heuristic
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig, as_fenced, fences_copies, heuristic
 from seqconv_triton.tools import measure, tune
 from seqconv_triton.tools.ahead import stage_inputs, stage_passes
 from seqconv_triton.tools.measure import Outcome
 
 ARCH, GPU = "sm_90", "Test GPU"
 IMAGENET = ("seqresnet_b42", "seqresnet_b22", "seqresnext_24")
+PIPELINED = LaunchConfig(64, 64, 64, 4, 3)
 
 
 @cache
@@ -76,9 +77,32 @@ def test_candidates_are_few_distinct_and_fit(dtype: torch.dtype, arch: str) -> N
             assert key.kernel not in configs.WITH_SUMS or first.block_p >= configs.smallest_tile(arch)
             assert first == heuristic(key, arch)
             assert 1 <= len(others) == len({first, *others}) - 1 <= 7
-            for config in others:
-                assert config.block_n == key.block_n and config.num_warps in (4, 8) and 2 <= config.num_stages <= 4
+            stages = range(2, 5) if as_fenced(PIPELINED, arch) == PIPELINED else [1]
+            for config in (first, *others):
+                assert config.block_n == key.block_n and config.num_warps in (4, 8) and config.num_stages in stages
                 assert fits(config, key, arch)
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1", "3.10.0+git1a2b3c"])
+def test_copies_in_flight_are_fenced_or_there_are_none(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pull request 9610 came with Triton 3.7.1. By rule, measured, stored or pinned: one stage where it is missing."""
+    monkeypatch.setattr("triton.__version__", version)
+    old, key = version in ("3.6.0", "3.7.0"), Key("convolution", 512, 64, 2, 9)
+    for function in (fences_copies, heuristic):
+        function.cache_clear()
+    try:
+        with configs.use_tables({key: PIPELINED}):
+            for arch in ("sm_80", "sm_89", "sm_90", "sm_90:NVIDIA H200", "sm_100", "sm_120", "gfx942"):
+                one = old and arch[:5] in ("sm_90", "sm_10")
+                assert (heuristic(key, arch).num_stages == 1) == one
+                assert {config.num_stages == 1 for config in candidates(key, arch)} == {one}
+                stored = configs.config_for("convolution", 512, 64, 2, arch, 9)
+                with configs.pin("convolution", 64, 64, num_stages=3):
+                    pinned = configs.config_for("convolution", 512, 64, 2, arch, 9)
+                assert stored == pinned == PIPELINED._replace(num_stages=1 if one else 3)
+    finally:
+        for function in (fences_copies, heuristic):
+            function.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seqconv_triton.kernels.heuristic import Key, LaunchConfig, heuristic, is_tile, next_power_of_2
+from seqconv_triton.kernels.heuristic import Key, LaunchConfig, as_fenced, heuristic, is_tile, next_power_of_2
 
 MOST = 8
 REGISTERS = 64  # of a thread, for the float32 accumulator: twice the heuristic's
@@ -25,7 +25,8 @@ def candidates(key: Key, arch: str) -> list[LaunchConfig]:
         growth = block_k / k if key.kernel == "weight_gradient" else block_p / p
         proposed.append(h._replace(block_p=block_p, block_k=block_k, num_warps=max(4, min(8, int(warps * growth)))))
     proposed.append(h._replace(num_stages=stages + 1 if other < stages else stages + 2))
-    return [h, *(c for c in dict.fromkeys(proposed) if c != h and fits(c, key, arch))][:MOST]
+    different = dict.fromkeys(as_fenced(c, arch) for c in proposed)
+    return [h, *(c for c in different if c != h and fits(c, key, arch))][:MOST]
 
 
 def fits(config: LaunchConfig, key: Key, arch: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig, heuristic, is_tile
+from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig, as_fenced, heuristic, is_tile
 from seqconv_triton.kernels.tables import Row, read, shipped_file, user_file
 
 WITH_SUMS = ("convolution", "transposed", "pull")  # families whose tiles of pixels leave sums in `launch.Scratch`
@@ -191,4 +191,4 @@ def config_for(
     chosen = switches.pinned.get(kernel)
     if chosen is None:
         chosen = next((table[key] for table in _tables(arch) if key in table), None) or heuristic(key, arch)
-    return chosen._replace(block_n=block_n)
+    return as_fenced(chosen._replace(block_n=block_n), arch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+import re
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 # Kernel families, those that multiply matrices, and the architectures where a third stage of loads in flight spills.
@@ -107,7 +108,27 @@ def heuristic(key: Key, arch: str) -> LaunchConfig:
     for spilling in SPILLING:
         if spilling.is_about(key, arch):
             config = config._replace(**spilling.instead)
-    return config
+    return as_fenced(config, arch)
+
+
+def as_fenced(config: LaunchConfig, arch: str) -> LaunchConfig:
+    """A configuration whose matrix products read what the compiler has made visible to them.
+
+    Hopper's and data-centre Blackwell's read shared memory through a proxy of their own. Copies in flight, of two
+    stages or more, are fenced for it by Triton 3.7.1 and later (https://github.com/triton-lang/triton/pull/9610), what
+    a single stage stores by every version.
+    """
+    return config if fences_copies() or not arch.startswith(SM_9 + SM_10) else config._replace(num_stages=1)
+
+
+@cache
+def fences_copies() -> bool:
+    """Whether the installed Triton does; where there is none, nothing will be compiled."""
+    try:
+        import triton
+    except ImportError:
+        return True
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 
 def is_tile(size: int) -> bool:

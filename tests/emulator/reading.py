@@ -19,6 +19,7 @@ from emulator.operands import ABSENT
 from emulator.ptx import Kernel
 
 UNDEFINED = "guard, address or size in a register that nothing writes"
+UNFENCED = "shared bytes not fenced for the asynchronous proxy"  # as the machine says
 REWRITTEN = "operand registers of a wgmma rewritten before its wait"
 MOST_GROUPS = 16  # in flight at a time: more are not told apart
 
