@@ -53,9 +53,16 @@ def backend_for(x: Tensor) -> str:
     if name is not None:
         return name
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if traced or is_exporting() or torch.onnx.is_in_onnx_export():
         return "traced"
     return "triton" if x.is_cuda and x.dtype != torch.float64 and has_triton() else "aten"
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work: under torch 2.11's torch.compile, torch.compiler.is_exporting() is True too."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqconv_triton.backend import is_exporting
 from seqconv_triton.backend.contract import empty_channels_last
 from seqconv_triton.nn.layers import fan_out_uniform_
 from seqconv_triton.nn.leaf import leaf
@@ -79,7 +80,7 @@ class StemConv2d(nn.Conv2d):
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if x.device.type != "cpu" or not torch.compiler.is_compiling() or is_exporting():
             return super().forward(x)
         weight = self.weight
         dtype = autocast_dtype(x)
