@@ -25,6 +25,7 @@ from bench.processes import Background, python, spawn
 from bench.report import line
 from bench.results import FOLDER, Results, Row, provenance
 from bench.runner import NO_TIME, POISONED, identity
+from seqconv_triton.backend import has_triton
 
 PREPARATION = 0.4  # of the time: tests, and compilation beside them
 # Tuning, and what is skipped beside a CPU's torch, where timm and torchvision cannot be imported.
@@ -38,6 +39,9 @@ def prepare(results: Results, deadline: float) -> None:
 
     Last come further tests, which cannot take more than what is left of the preparation.
     """
+    if slower := unfenced():
+        results.note(slower)
+        print(slower, flush=True)
     running = {"tests": tests("tests/test_gpu.py", "tests", "-m", "gpu", "--ignore=tests/test_tuning.py")}
     running |= {name: spawn(python("bench", "gpu", "--warm", name)) for name in (*MODELS, "peers", "reference")}
     try:
@@ -60,6 +64,17 @@ def prepare(results: Results, deadline: float) -> None:
     finally:
         for process in running.values():
             process.kill()
+
+
+def unfenced() -> str:
+    """Why kernels are slower than they need be with this version of Triton, if they are."""
+    if not has_triton():
+        return ""
+    from seqconv_triton.kernels.configs import architecture
+    from seqconv_triton.kernels.heuristic import loads_ahead
+
+    slower = not loads_ahead(architecture(torch.device("cuda")))
+    return "kernels do not load ahead with this version of Triton: docs/proof.md, Known limits" if slower else ""
 
 
 def tests(*which: str) -> Background:

@@ -118,7 +118,12 @@ def as_fenced(config: LaunchConfig, arch: str) -> LaunchConfig:
     stages or more, are fenced for it by Triton 3.7.1 and later (https://github.com/triton-lang/triton/pull/9610), what
     a single stage stores by every version.
     """
-    return config if fences_copies() or not arch.startswith(SM_9 + SM_10) else config._replace(num_stages=1)
+    return config if loads_ahead(arch) else config._replace(num_stages=1)
+
+
+def loads_ahead(arch: str) -> bool:
+    """Whether a kernel may copy what a later product reads."""
+    return fences_copies() or not arch.startswith(SM_9 + SM_10)
 
 
 @cache
