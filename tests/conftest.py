@@ -87,3 +87,14 @@ def timm() -> Iterator[ModuleType]:
     yield timm
     TimmSeqResNetB22.rows = rows
     assert ours.__all__
+
+
+@pytest.fixture
+def triton_that_fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Configurations as with Triton 3.7.1 and later, whichever is installed: `heuristic.fences_copies`."""
+    from seqconv_triton.kernels import heuristic
+
+    heuristic.heuristic.cache_clear()
+    monkeypatch.setattr(heuristic, "fences_copies", lambda: True)
+    yield
+    heuristic.heuristic.cache_clear()

@@ -226,7 +226,7 @@ def test_command_prints_kernels_sums_and_peers() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert "sm_90, bfloat16, batch 64, 64² pixels" in lines[0]
-    assert sum(line.startswith("convolution 3×3") for line in lines) == 2
+    assert sum(line.startswith("convolution 3×3") for line in lines) == 1
     (own,) = [line.split() for line in lines if line.startswith(f"{model}  ")]
     _, moved, operations, issue, floor, times, rate = (float(cell.replace(",", "")) for cell in own[2:])
     assert floor >= max(moved, operations, issue) and times >= 1

@@ -96,6 +96,10 @@ def test_a_flag_of_the_class_counts_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_frozen_without_eps() -> None:
     """As torchvision's overwrite_eps leaves them for detectors with weights of old."""
+    try:
+        nn.functional.batch_norm(torch.ones(1, 1), torch.zeros(1), torch.ones(1), eps=0.0)
+    except ValueError as refusal:  # torch 2.11
+        pytest.skip(f"this version of PyTorch has no BN without eps: {refusal}")
     layer, plain = pair(bottleneck=True)
     for module in (layer, plain):
         for norm in module.modules():

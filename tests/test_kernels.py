@@ -195,6 +195,7 @@ def test_conv_statistics_keep_digits_far_from_zero() -> None:
     assert ((norm.var - var).abs() / var).max() < 1e-4
 
 
+@pytest.mark.usefixtures("triton_that_fences")
 def test_pinning_refuses_what_is_no_tile() -> None:
     with pytest.raises(ValueError, match="unknown kernel 'conv'"), configs.pin("conv", 16, 16):
         pass

@@ -21,6 +21,7 @@ from seqconv_triton.plan import Plan, Tail
 from seqconv_triton.tools import measure, tune
 from seqconv_triton.tools.measure import Call, Outcome, Work
 
+pytestmark = pytest.mark.usefixtures("triton_that_fences")
 ARCH = "sm_90"
 KEY = Key("convolution", 512, 64, 4, 1)
 PROPOSED = candidates(KEY, ARCH)

@@ -19,6 +19,7 @@ from seqconv_triton.kernels import configs, tables
 from seqconv_triton.kernels.configs import config_for
 from seqconv_triton.kernels.heuristic import TWO_STAGES, Key, LaunchConfig
 
+pytestmark = pytest.mark.usefixtures("triton_that_fences")
 GPU, ARCH = "Test GPU 80GB", "sm_90:Test GPU 80GB"
 KEY = Key("convolution", 512, 64, 2, 1)
 SHIPPED, OWN = LaunchConfig(32, 64, 32, 4, 2), LaunchConfig(256, 64, 64, 8, 2)

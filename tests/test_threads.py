@@ -165,6 +165,7 @@ def kernels() -> Any:
     return configs, launch
 
 
+@pytest.mark.usefixtures("triton_that_fences")
 def test_kernel_switches_in_one_thread(kernels: Any) -> None:
     from seqconv_triton.kernels.heuristic import Key, LaunchConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple
@@ -32,9 +33,19 @@ def is_frozen(norm: nn.Module) -> bool:
     something of it has changed: its mode, a flag, its class or forward, whether its weights are trained, or what else
     it holds as a tensor.
     """
-    flags = tuple((name, _flag(name, getattr(norm, name, None))) for name in _flag_names(norm))
+    # torch.compile hands numbers over to functions that it calls as it compiles, and modules not in every version.
+    given = id(norm) if torch.compiler.is_dynamo_compiling() else norm
+    flags = tuple((name, _flag(name, getattr(norm, name, None))) for name in _flag_names(given))
     trained = tuple(bool(getattr(getattr(norm, name, None), "requires_grad", False)) for name in VECTORS[:2])
-    return _is_frozen(norm, (*flags, norm.training), trained)
+    return _is_frozen(given, (*flags, norm.training), trained)
+
+
+def _module(given: nn.Module | int) -> nn.Module:
+    """The module, or what is at its address: whoever traces holds it."""
+    if isinstance(given, int):
+        found: nn.Module = ctypes.cast(given, ctypes.py_object).value
+        return found
+    return given
 
 
 def _flag(name: str, value: object) -> object:
@@ -46,15 +57,17 @@ def _flag(name: str, value: object) -> object:
     return value
 
 
-def _flag_names(norm: nn.Module) -> tuple[str, ...]:
+def _flag_names(given: nn.Module | int) -> tuple[str, ...]:
     """The attributes, its own and its class's, that may say what its forward does."""
+    norm = _module(given)
     kinds = type(norm).__mro__[: type(norm).__mro__.index(nn.Module)]
     held = {name: value for holder in (*kinds, norm) for name, value in vars(holder).items()}
     plain = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
     return tuple(name for name in plain if name != "training")
 
 
-def _is_frozen(norm: nn.Module, flags: object, trained: tuple[bool, ...]) -> bool:
+def _is_frozen(given: nn.Module | int, flags: object, trained: tuple[bool, ...]) -> bool:
+    norm = _module(given)
     vectors: list[Any] = [getattr(norm, vector, None) for vector in VECTORS]
     if not all(isinstance(v, Tensor) and v.dim() == 1 and len(v) == len(vectors[0]) for v in vectors):
         return False

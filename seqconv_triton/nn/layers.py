@@ -145,7 +145,7 @@ class PackedSeqConv(nn.Module):
             shortcut=shortcut,
             mask=mask,
             eps=read.eps,
-            keep_buffer=keep_buffer or features is not None or bool(shown),
+            keep_buffer=keep_buffer or features is not None or len(shown) > 0,
             recompute=self.recompute,
             process_group=read.group,
         )
