@@ -284,7 +284,7 @@ def test_graph_nodes_are_bounded(training: bool, most: int) -> None:
             return graph.forward
 
         model = sct.create_model(name).train(training)
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             torch.compile(model, backend=keep, fullgraph=True)(torch.randn(2, 3, 32, 32))
         calls = [node for node in graphs[0].graph.nodes if node.op.startswith("call")]
         assert sum("stage_forward" in str(node.target) for node in calls) == 5
