@@ -33,7 +33,7 @@ class DemoConfig:
     """What the demo does; `train_images` keeps that many of the 1,437 training images."""
 
     output: Path = Path("out/demo")
-    epochs: int = 8
+    epochs: int = 10
     seed: int = 0
     max_shift: float = 0.5
     train_images: int | None = None
@@ -88,7 +88,7 @@ def run(config: DemoConfig) -> list[Result]:
 
     device = usable_device(config.device)
     data = digits.load(config.train_images)
-    recipe = Recipe(config.epochs, batch_size=96)  # fewer and larger steps than in the recipes: it is over in a minute
+    recipe = Recipe(config.epochs)
     config.output.mkdir(parents=True, exist_ok=True)
     print(f"{len(data.train)} training and {len(data.test)} test images of handwritten digits, 8×8, on {device}")
     results, histories = [], {}
