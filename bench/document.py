@@ -18,7 +18,7 @@ from typing import Any
 from bench import bounds, compilation, compiled, floors, halves
 from bench.cases import FIRST, MODELS
 from bench.results import FOLDER, Row, load, read_json
-from bench.tables import cases_of, goals_table, losses, peers_table, ratio_table, times
+from bench.tables import cases_of, goals_table, losses, peers_table, processor_of, ratio_table, times
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md", "bench/results/README.md", "bench/results/cases.md")
@@ -38,6 +38,11 @@ def results(name: str) -> Contents | None:
     return load(path) if path.exists() else None
 
 
+def elsewhere(name: str) -> list[Contents]:
+    """The same table's results on other processors: `NAME-on-….json`."""
+    return [load(path) for path in sorted(FOLDER.glob(f"{name}-on-*.json"))]
+
+
 def measured() -> str:
     """The README's table: what was counted and what was timed, the better of every two in bold; GPUs' floors."""
     contents = results("cpu")
@@ -50,11 +55,12 @@ def measured() -> str:
         tensors = counts["published_parameter_tensors"], counts["parameter_tensors"]
         lines.append(f"| parameter tensors | {tensors[0]:,} (published layout) | **{tensors[1]}** |")
     for text, file, part, batch, dtype in README_ROWS:
-        found = results(file)
-        rows = {} if found is None else cases_of(found).get((FIRST, part, batch, dtype), {})
-        own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
-        if "reference eager" in own and "ours eager" in own:
-            lines.append(f"| {text} | {times(own, 'reference', 'ours')} | {times(own, 'ours', 'reference')} |")
+        for run in [found for found in (results(file), *elsewhere(file)) if found is not None]:
+            rows = cases_of(run).get((FIRST, part, batch, dtype), {})
+            own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
+            if "reference eager" in own and "ours eager" in own:
+                sides = times(own, "reference", "ours"), times(own, "ours", "reference")
+                lines.append(f"| {text}, {processor_of(run['provenance'])} | {sides[0]} | {sides[1]} |")
     if (counted := read_json(floors.FILE)) is not None:
         for text, mode in (("evaluation", "eval"), ("training step", "train")):
             mine, *others = (
@@ -65,10 +71,9 @@ def measured() -> str:
                 f"| H100, counted from machine code (`python -m bench floors`), not measured: {what} | – | "
                 f"at least {mine} ms (by bytes and FLOPs alone: ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
             )
-    text = caption(contents)
+    text = caption(contents, *elsewhere("cpu"))
     if (half := results("cpu-bf16")) is not None:
-        source = half["provenance"]
-        text += f" In bfloat16: a run with torch {source['torch']}, revision {source['revision']}."
+        text += f"\nThe runs in bfloat16 took torch {half['provenance']['torch']}."
     return "\n".join(lines) + f"\n\n{text}\n"
 
 
@@ -81,14 +86,19 @@ def peers() -> str:
     return f"{table}\n{caption(contents)} Rows of bench/results/cpu-full.json.\n"
 
 
-def caption(contents: Contents) -> str:
-    source = contents["provenance"]
+def caption(*runs: Contents) -> str:
+    """How one run was measured, or several that differ in the processor."""
+    sources = [run["provenance"] for run in runs]
+    source = sources[0]
     own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
-    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in contents.get("rows", [])))
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in runs[0].get("rows", [])))
+    machines = "; ".join(
+        f"{processor_of(run)} with {run['vectors']}, torch {run['torch']}, {run['date']}, revision {run['revision']}"
+        for run in sources
+    )
     return textwrap.fill(
-        f"CPU times: medians of interleaved rounds of one run, {own}{source['threads']} threads on a shared "
-        f"{source['processor']} with {source['vectors']}, {dtypes or 'float32'}, channels_last, "
-        f"torch {source['torch']}, {source['date']}, revision {source['revision']}.",
+        f"CPU times: medians of interleaved rounds of one run, {own}{dtypes or 'float32'}, channels_last, "
+        f"{source['threads']} threads on a shared {machines}.",
         width=120,
     )
 
@@ -98,25 +108,37 @@ def summary() -> str:
     contents = results("cpu")
     if contents is None:
         return "Not measured yet: `make bench` writes this part.\n"
-    whole = {"rows": [row for row in contents["rows"] if row["subject"] in MODELS]}
-    return "\n".join([f"{caption(contents)}\n", goals_table(contents), ratio_table(whole), losses(contents)])
+    runs = [contents, *elsewhere("cpu")]
+    parts = [goals_table(*runs)]
+    for run in runs:
+        networks = {"rows": [row for row in run["rows"] if row["subject"] in MODELS]}
+        parts += [f"{caption(run)}\n", ratio_table(networks)]
+    return "\n".join([*parts, f"On the {processor_of(contents['provenance'])}. " + losses(contents)])
 
 
 def bfloat16() -> str:
     contents = results("cpu-bf16")
     if contents is None:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    parts = [f"{caption(contents)}\n", halves.markdown(contents), goals_table(contents)]
+    runs = [contents, *elsewhere("cpu-bf16")]
+    parts = [goals_table(*runs)]
+    for run in runs:
+        parts += [f"{caption(run)}\n", halves.markdown(run)]
     for dtype in ("bfloat16", "float32"):
-        parts.append(f"In {dtype}. " + losses({"rows": [row for row in contents["rows"] if row["dtype"] == dtype]}))
+        rows = [row for row in contents["rows"] if row["dtype"] == dtype]
+        parts.append(f"On the {processor_of(contents['provenance'])}, in {dtype}. " + losses({"rows": rows}))
     return "\n".join(parts)
 
 
 def cpu(name: str = "cpu", command: str = "make bench") -> str:
-    """All cases of a CPU run, then the peers, where ours loses, and what was not measured."""
+    """All cases of a CPU run, then the peers, where ours loses, and what was not measured; on every processor."""
     contents = results(name)
     if contents is None:
         return f"Not measured yet: `{command}` writes this part.\n"
+    return "\n".join(map(all_cases, [contents, *elsewhere(name)]))
+
+
+def all_cases(contents: Contents) -> str:
     text = caption(contents)
     if ceilings := contents.get("ceilings"):
         text += (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.cases import FIRST
 from bench.results import Row, timed
@@ -38,11 +38,31 @@ def times_as_fast(find: Find, subject: str, part: str, batch: int, other: str, d
     return None if ours is None or theirs is None else float(theirs["median"] / ours["median"])
 
 
-Goal = tuple[str, str, float | None, float, bool]
+class Goal(NamedTuple):
+    """What is wanted and what was found (None: not measured); `limit` is what bytes and FLOPs alone would allow."""
+
+    what: str
+    unit: str
+    found: float | None
+    wanted: float
+    more: bool  # is better
+    limit: float | None = None
+
+    @property
+    def sign(self) -> str:
+        return "≥" if self.more else "≤"
+
+    def verdict(self) -> str:
+        if self.found is None:
+            return ""
+        return "reached" if (self.found >= self.wanted if self.more else self.found <= self.wanted) else "missed"
+
+    def text(self) -> str:
+        return "not measured" if self.found is None else f"{self.found:.2f} {self.unit}".strip()
 
 
 def evaluated(contents: dict[str, Any]) -> list[Goal]:
-    """(what, unit, value, goal, whether more is better), for the kind of machine that the results are from."""
+    """The goals for the kind of machine that the results are from."""
     if "gpu" in contents["provenance"]:
         return on_gpu(contents)
     if any(row["dtype"] == "bfloat16" for row in contents["rows"]):
@@ -59,8 +79,17 @@ def on_cpu(contents: dict[str, Any]) -> list[Goal]:
             name = PARTS[part]
             for other, wanted in (("reference eager", goal), ("reference compiled", 1.0)):
                 value = times_as_fast(find, subject, part, batch, other, "float32")
-                rows.append((f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True))
+                limit = allowed(find, subject, part, batch, other)
+                rows.append(Goal(f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True, limit))
     return rows
+
+
+def allowed(find: Find, subject: str, part: str, batch: int, other: str) -> float | None:
+    """How many times as fast as another contender the machine's measured ceilings would let us be, in float32."""
+    ours, theirs = find(subject, part, batch, "ours eager", "float32"), find(subject, part, batch, other, "float32")
+    if ours is None or theirs is None or "roofline_seconds" not in ours:
+        return None
+    return float(theirs["median"] / ours["roofline_seconds"])
 
 
 def in_bfloat16(contents: dict[str, Any]) -> list[tuple[str, str, int]]:
@@ -83,7 +112,7 @@ def on_cpu_in_bfloat16(contents: dict[str, Any]) -> list[Goal]:
             other = find(subject, part, batch, f"{who} eager", dtype)
             value = other["median"] / half["median"] if half and other else None
             name = f"{subject}, {PARTS[part]}, batch {batch}, bfloat16 against {what}"
-            rows.append((name, "×", value, goal, True))
+            rows.append(Goal(name, "×", value, goal, True))
     return rows
 
 
@@ -95,22 +124,22 @@ def on_gpu(contents: dict[str, Any]) -> list[Goal]:
     def ratio(subject: str, part: str, batch: int, other: str, goal: float) -> None:
         name = PARTS[part]
         value = times_as_fast(find, subject, part, batch, other)
-        rows.append((f"{subject}, {name}, batch {batch}, against {other}", "×", value, goal, True))
+        rows.append(Goal(f"{subject}, {name}, batch {batch}, against {other}", "×", value, goal, True))
 
     ratio(FIRST, "eval", 256, "resnet50 compiled", 1)
     ratio(FIRST, "eval", 256, "reference compiled", 4)
     ours = best(find, FIRST, "eval", 256)
     rate = 256 / ours["median"] if ours else None
-    rows.append((f"{FIRST}, evaluation, batch 256, two thirds of the stages' floor", "images/s", rate, 19500, True))
+    rows.append(Goal(f"{FIRST}, evaluation, batch 256, two thirds of the stages' floor", "images/s", rate, 19500, True))
     ratio(FIRST, "step", 256, "resnet101 compiled", 1)
     ratio(FIRST, "step", 256, "reference compiled", 3)
     mine, peer = (find(FIRST, "step", 256, f"{who} compiled") for who in ("ours", "resnet50"))
     mine = mine or find(FIRST, "step", 256, "ours eager")
     memory = mine["peak_bytes"] / peer["peak_bytes"] if mine and peer else None
-    rows.append((f"{FIRST}, training step, batch 256, peak memory over resnet50's", "", memory, 1, False))
+    rows.append(Goal(f"{FIRST}, training step, batch 256, peak memory over resnet50's", "", memory, 1, False))
     latency = find(FIRST, "eval", 1, "ours graph")
     rows.append(
-        (f"{FIRST}, latency, batch 1, CUDA graph", "ms", 1e3 * latency["median"] if latency else None, 1, False)
+        Goal(f"{FIRST}, latency, batch 1, CUDA graph", "ms", 1e3 * latency["median"] if latency else None, 1, False)
     )
     ratio(FIRST, "eval", 1, "resnet152 graph", 1)
     for subject in ("seqresnet_b22", "seqresnext_24"):
@@ -119,7 +148,7 @@ def on_gpu(contents: dict[str, Any]) -> list[Goal]:
     for state, goal in (("cold", 30), ("warm", 5)):
         first = find(FIRST, "startup", 8, f"ours {state}")
         rows.append(
-            (f"{FIRST}, first compiled step, {state} caches", "s", first["median"] if first else None, goal, False)
+            Goal(f"{FIRST}, first compiled step, {state} caches", "s", first["median"] if first else None, goal, False)
         )
     return rows
 
@@ -127,9 +156,7 @@ def on_gpu(contents: dict[str, Any]) -> list[Goal]:
 def goals(contents: dict[str, Any]) -> str:
     """A line for every goal."""
     lines = [f"{'goal':<78}{'wanted':>18}{'found':>20}"]
-    for what, unit, value, goal, more in evaluated(contents):
-        sign = "≥" if more else "≤"
-        found = "not measured" if value is None else f"{value:.2f} {unit}".strip()
-        verdict = "" if value is None else "  reached" if (value >= goal if more else value <= goal) else "  missed"
-        lines.append(f"{what:<78}{f'{sign} {goal:g} {unit}'.rstrip():>18}{found:>20}{verdict}")
+    for goal in evaluated(contents):
+        wanted = f"{goal.sign} {goal.wanted:g} {goal.unit}".rstrip()
+        lines.append(f"{goal.what:<78}{wanted:>18}{goal.text():>20}  {goal.verdict()}".rstrip())
     return "\n".join(lines)

@@ -95,6 +95,29 @@ def test_goals_of_a_cpu() -> None:
     assert line.split()[-6:] == ["≥", "1.3", "×", "1.50", "×", "reached"]
 
 
+def test_goals_on_two_processors() -> None:
+    """What one of them did not measure says so; a miss says where not even the ceilings would allow much more."""
+    b42, float32 = "seqresnet_b42", {"dtype": "float32"}
+    one, other = (
+        contents(
+            row(b42, "eval", 8, "ours eager", ours, roofline_seconds=0.9) | float32,
+            row(b42, "eval", 8, "reference eager", 1.5) | float32,
+        )
+        | {"provenance": {"processor": processor}}
+        for processor, ours in (("Intel(R) Xeon(R) Processor", 1.0), ("AMD EPYC", 0.75))
+    )
+    lines = tables.goals_table(one, other | {"rows": [*other["rows"], row(b42, "step", 4, "ours eager", 1) | float32]})
+    head, _, *found = lines.splitlines()
+    assert head == "| goal | wanted | Intel Xeon | AMD EPYC |"
+    assert found[0].split(" | ")[1:] == [
+        "≥ 1.6 ×",
+        "1.50 ×, **missed**; bytes and FLOPs allow 1.67",
+        "2.00 ×, reached |",
+    ]
+    assert found[2].split(" | ")[2:] == ["not measured", "not measured |"]
+    assert "| goal | wanted | found |" in tables.goals_table(one)
+
+
 def test_goals_of_bfloat16_on_a_cpu() -> None:
     b42 = "seqresnet_b42"
     found = contents(
