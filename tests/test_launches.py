@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import seqconv_triton as sct
+from seqconv_triton.backend.triton import backward, forward
 from seqconv_triton.kernels import launch
 from seqconv_triton.nn.layers import Stage
 from seqconv_triton.plan import Plan, Tail
@@ -23,13 +24,14 @@ from seqconv_triton.tools.ahead import stage_passes
 
 
 class Memory(TorchDispatchMode):
-    """Counts ops other than views, and follows the bytes of every storage that is born inside."""
+    """Counts ops other than views and all their results, and follows the bytes of every storage that is born inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
         self.ops: Counter[str] = Counter()
+        self.tensors = 0  # that ops gave, views included
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -38,6 +40,7 @@ class Memory(TorchDispatchMode):
             self.ops[str(func)] += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
+                self.tensors += 1
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -97,6 +100,17 @@ def test_launches_grow_with_the_groups_alone(kind: str) -> None:
             assert backward["weight_gradient_kernel"] == 1 + convs
             # Those, the tail's other gradient, two tables of pixels, the input's pull and BN.
             assert backward.total() == per_group * groups + 1 + convs + 5
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "subgroups", "basic"])
+def test_a_replayed_pass_makes_no_view_of_a_group(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views cost the host more than the launches that they were for."""
+    for direction in (forward, backward):
+        monkeypatch.setattr(direction, "replayed", lambda name, memory, launches: None)
+    for training in (True, False):
+        one, three = (counted(plan_of(kind, blocks), training) for blocks in (1, 3))
+        for (_, few), (_, many) in zip(one, three, strict=True):
+            assert few.tensors == many.tensors > 0
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "basic"])

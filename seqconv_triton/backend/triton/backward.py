@@ -7,12 +7,13 @@ tap reads it. A basic layer's group is a pull and an elementwise launch. The wei
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.contract import Gradients, StageArguments
+from seqconv_triton.backend.contract import Gradients, NormVectors, StageArguments
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.triton.parts import (
     Geometry,
@@ -30,7 +31,7 @@ from seqconv_triton.backend.triton.parts import (
 )
 from seqconv_triton.kernels.convolution import convolution
 from seqconv_triton.kernels.elementwise import activate, norm_gradient
-from seqconv_triton.kernels.launch import BatchNorm, NormGradient, Scratch
+from seqconv_triton.kernels.launch import NormGradient, Scratch
 from seqconv_triton.kernels.pixels import pixel_table
 from seqconv_triton.kernels.pull import NewestGradient, pull
 from seqconv_triton.kernels.replay import replayed
@@ -59,15 +60,14 @@ class Pass:
         self.windows = self.geometry.readers()
         pixels = self.geometry.pixels
         self.raw = rows(buffer)
-        self.slots = self.raw[:, plan.in_channels :].split(k, 1)
         self.norms = StageNorms(stage, stage.norms.main, stage.norms.inner)
-        g = self.gradients
-        into = StageNorms(stage, stage.norms.main._replace(weight=g.norm_weight, bias=g.norm_bias), None)
-        self.into, self.into_input = into.groups, into.input
-        self.into_inner: list[BatchNorm] = []
-        if g.reduce_norm_weight is not None and g.reduce_norm_bias is not None:
-            own = zip(g.reduce_norm_weight.split(k), g.reduce_norm_bias.split(k), strict=True)
-            self.into_inner = [BatchNorm(weight, bias, None, None) for weight, bias in own]
+        g = gradients
+        # Of the affines of all BNs; statistics have none.
+        affine = g.norm_weight, g.norm_bias, g.reduce_norm_weight, g.reduce_norm_bias
+        main, inner = NormVectors(*affine[:2], None, None), None
+        if affine[2] is not None and affine[3] is not None:
+            inner = NormVectors(affine[2], affine[3], None, None)
+        self.into = StageNorms(stage, main, inner)
         self.d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
         self.z = z.view(count, pixels, k) if z is not None else self.recomputed_z() if plan.bottleneck else None
         self.dy = buffer.new_empty((count, pixels, k))  # of every group's raw output
@@ -93,6 +93,11 @@ class Pass:
         # Of the group whose turn it is: g behind its activation and behind that of z, and their BNs' a, b, c.
         self.g, self.g_inner = (buffer.new_empty((pixels, k)) for _ in range(2))
         self.coefficients, self.inner_coefficients = self.empty_coefficients(k), self.empty_coefficients(k)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, ...]:
+        """Every group's raw output."""
+        return self.raw[:, self.plan.in_channels :].split(self.plan.group_width, 1)
 
     @property
     def memory(self) -> tuple[Any, ...]:
@@ -191,7 +196,7 @@ def through_groups(run: Pass) -> None:
     last = len(plan.groups) - 1
     for j in reversed(range(len(plan.groups))):
         c, norm = plan.slot(j), run.norms.groups[j]
-        into = NormGradient(run.into[j].weight, run.into[j].bias, run.coefficients)
+        into = NormGradient(run.into.groups[j].weight, run.into.groups[j].bias, run.coefficients)
         pull(
             run.dz, run.window_weight, run.windows, plan.readers[j + 1], c, run.g,
             newest=run.newest(j + 1) if plan.bottleneck and j < last else None, mask=run.mask,
@@ -205,7 +210,7 @@ def through_groups(run: Pass) -> None:
         norm_gradient(run.g, run.slots[j], run.coefficients, run.dy[j], upstream=d_raw, passed=passed)
         if run.z is None:
             continue
-        into = NormGradient(run.into_inner[j].weight, run.into_inner[j].bias, run.inner_coefficients)
+        into = NormGradient(run.into.inner[j].weight, run.into.inner[j].bias, run.inner_coefficients)
         transposed(
             run.dy[j], transform[j], run.transposed, run.g_inner, raw=run.z[j], norm=run.norms.inner[j], into=into,
             scratch=run.scratch, eps=eps, batch=run.batch,
@@ -225,9 +230,9 @@ def to_input(run: Pass, newest: NewestGradient | None) -> None:
         return
     g = run.raw.new_empty((run.geometry.pixels, channels)) if dx is None else dx
     raw, into, coefficients = None, None, None
-    if run.norms.input is not None and run.into_input is not None:
+    if run.norms.input is not None and run.into.input is not None:
         raw, coefficients = run.raw[:, :channels], run.empty_coefficients(channels)
-        into = NormGradient(run.into_input.weight, run.into_input.bias, coefficients)
+        into = NormGradient(run.into.input.weight, run.into.input.bias, coefficients)
     pull(
         run.dz, run.window_weight, run.windows, plan.readers[0], 0, g, newest=newest, mask=run.mask,
         upstream=run.outside(0, channels), raw=raw, norm=run.norms.input, into=into, scratch=run.scratch, eps=run.eps,

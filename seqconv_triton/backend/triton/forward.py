@@ -9,6 +9,7 @@ backward; the activated ones, [P, B], live as long as the pass.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ from seqconv_triton.backend.triton.parts import (
 )
 from seqconv_triton.kernels.convolution import Newest, convolution
 from seqconv_triton.kernels.elementwise import activate
-from seqconv_triton.kernels.launch import Scratch
+from seqconv_triton.kernels.launch import ConvShape, Scratch
 from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.statistics import input_statistics
 from seqconv_triton.plan_text import encode
@@ -39,7 +40,7 @@ class Pass:
     """A forward pass: its operands, and all memory that its launches use, so that they can be replayed.
 
     Activated channels lie in `activated` [P, B]; raw ones in `raw`, by their place in the buffer, where they are kept
-    or a later shortcut adds them.
+    or a later shortcut adds them. What takes a view a group is made when it is asked for: a replay does without.
     """
 
     def __init__(
@@ -57,20 +58,18 @@ class Pass:
         self.x = rows(channels_last(x))
         self.shortcut = None if shortcut is None else rows(channels_last(shortcut))
         self.mask = None if stage.mask is None else stage.mask.contiguous()
-        self.masks = None if self.mask is None else group_masks(self.mask, plan)
-        self.inside = packed(self.geometry.inside)
-        self.reduce = () if stage.convs.reduce is None else window_weights(stage.convs.reduce, plan, 1)
         if plan.bottleneck:
             self.taps_first = taps_first(in_blocks(stage.convs.transform, self.geometry.inside))
-            self.transform: tuple[Tensor, ...] = self.taps_first.split(k)
         else:
             self.taps_first = window_taps_first(stage.convs.transform, plan)
-            self.transform = transform_weights(self.taps_first.view(stage.convs.transform.shape), plan)
         self.scratch = Scratch.allocate(x, pixels, max(k, plan.in_channels)) if self.batch else None
 
         self.activated = x.new_empty((pixels, plan.total_channels))
-        self.activated_slots = self.activated[:, plan.in_channels :].split(k, 1)
-        self.buffer = self._raw_channels()
+        if self.outputs.buffer is not None:
+            self.buffer = rows(self.outputs.buffer)
+        else:  # where a BN's statistics are to come for all channels, else for what shortcuts will add
+            raw = plan.total_channels if self.batch else len(self._raw_places) * k
+            self.buffer = x.new_empty((pixels, raw))
         self.z = self.activated_z = None
         if plan.bottleneck:
             self.activated_z = x.new_empty((pixels, k))
@@ -79,20 +78,44 @@ class Pass:
             elif self.batch:  # one for all groups
                 self.z = x.new_empty((1, pixels, k)).expand(len(plan.groups), -1, -1)
 
-    def _raw_channels(self) -> Tensor:
-        """The buffer where it is kept or a BN's statistics are to come; else room for what shortcuts will add."""
-        plan, k, pixels = self.plan, self.plan.group_width, self.geometry.pixels
+    @cached_property
+    def _raw_places(self) -> list[int]:
+        """The buffer channels from which on a group's raw output is stored, one for each."""
+        plan = self.plan
         places = [plan.slot(j) for j in range(len(plan.groups))]
-        if self.outputs.buffer is not None:
-            buffer, first = rows(self.outputs.buffer), plan.in_channels
-        elif self.batch:
-            buffer, first = self.x.new_empty((pixels, plan.total_channels)), plan.in_channels
-        else:
-            awaited = {group.residual_start for group in plan.groups}
-            places = [c for c in places if c in awaited]
-            buffer, first = self.x.new_empty((pixels, len(places) * k)), 0
-        self.raw = dict(zip(places, buffer[:, first:].split(k, 1), strict=True)) if places else {}
-        return buffer
+        if self.outputs.buffer is not None or self.batch:
+            return places
+        awaited = {group.residual_start for group in plan.groups}
+        return [c for c in places if c in awaited]
+
+    @cached_property
+    def raw(self) -> dict[int, Tensor]:
+        places, k = self._raw_places, self.plan.group_width
+        groups = self.buffer[:, self.buffer.shape[1] - len(places) * k :]
+        return dict(zip(places, groups.split(k, 1), strict=True)) if places else {}
+
+    @cached_property
+    def activated_slots(self) -> tuple[Tensor, ...]:
+        return self.activated[:, self.plan.in_channels :].split(self.plan.group_width, 1)
+
+    @cached_property
+    def masks(self) -> tuple[Tensor, ...] | None:
+        return None if self.mask is None else group_masks(self.mask, self.plan)
+
+    @cached_property
+    def inside(self) -> ConvShape:
+        return packed(self.geometry.inside)
+
+    @cached_property
+    def reduce(self) -> tuple[Tensor, ...]:
+        weight = self.stage.convs.reduce
+        return () if weight is None else window_weights(weight, self.plan, 1)
+
+    @cached_property
+    def transform(self) -> tuple[Tensor, ...]:
+        if self.plan.bottleneck:
+            return self.taps_first.split(self.plan.group_width)
+        return transform_weights(self.taps_first.view(self.stage.convs.transform.shape), self.plan)
 
     @property
     def memory(self) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -153,9 +153,16 @@ class StageNorms:
         self.main = BatchNorm(*main)
         own = plan.in_channels - self.identity
         self.input = _part(self.main, 0, own) if plan.raw_input else None
-        self.groups = _split(_part(self.main, own, None), plan.group_width)
-        self.inner = _split(BatchNorm(*inner), plan.group_width) if inner is not None else []
+        self.behind_input, self.group_width = _part(self.main, own, None), plan.group_width
         self.all_inner = BatchNorm(*inner) if inner is not None else None
+
+    @cached_property
+    def groups(self) -> list[BatchNorm]:
+        return _split(self.behind_input, self.group_width)
+
+    @cached_property
+    def inner(self) -> list[BatchNorm]:
+        return [] if self.all_inner is None else _split(self.all_inner, self.group_width)
 
     def behind(self, first: int) -> tuple[BatchNorm, int]:
         """The BNs of buffer channels from `first` on, and how many of those have none."""
