@@ -41,7 +41,7 @@ def test_channels_lie_where_they_are_read(case: str) -> None:
         output.write(plan.slot(j), features, out)
         window = numbers[group.window_start : group.window_start + group.window_width]
         read = features.window(j)
-        for part, columns in ring.columns_read(j):
+        for part, columns in ring.columns_read[j]:
             assert read[0, columns].equal(window[part])
         # Weights over the window meet their channels, and zeros whatever else is read.
         weight = window[None] + 1

@@ -50,7 +50,7 @@ def backward(
     for j in reversed(range(len(plan.groups))):
         group, c = plan.groups[j], plan.slot(j)
         d_activated = images(features.enter(j))
-        dy = norm.backward(d_activated, raw.group(j), c, gradients.norm_weight, gradients.norm_bias)
+        dy = norm.backward(d_activated, raw.group(j), c)
         if (from_outside := leaving.gradient(c, features, d_out, gradients.tail_weight)) is not None:
             features.add_newest(from_outside)
         if c in passed:
@@ -67,7 +67,11 @@ def backward(
     if plan.raw_input:
         # Also where x needs no gradient: its BN's affine belongs to this stage.
         raw_input = raw.images(0, plan.in_channels)
-        dx = norm.backward(dx, raw_input, 0, gradients.norm_weight, gradients.norm_bias)
+        dx = norm.backward(dx, raw_input, 0)
+    norm.store_gradients(gradients.norm_weight, gradients.norm_bias)
+    if groups.inner is not None:
+        assert gradients.reduce_norm_weight is not None and gradients.reduce_norm_bias is not None
+        groups.inner.store_gradients(gradients.reduce_norm_weight, gradients.reduce_norm_bias)
     if gradients.x is not None:
         gradients.x.copy_(dx)
         for c, dy in passed.items():
@@ -103,9 +107,7 @@ class ThroughConvs:
         u = inner.apply(z, j * k).relu_()
         du = self._transform(j, dy, u)
         du = aten.threshold_backward.grad_input(du, u, 0, grad_input=du)
-        d_weight, d_bias = self.gradients.reduce_norm_weight, self.gradients.reduce_norm_bias
-        assert d_weight is not None and d_bias is not None
-        dz = pixels(inner.backward(du, z, j * k, d_weight, d_bias))
+        dz = pixels(inner.backward(du, z, j * k))
         if self.d_reduce:
             self.features.store_product(dz, window, self.d_reduce[j], j)
         if mask is None:

@@ -44,6 +44,7 @@ def forward(
         return outputs
     groups = Groups(stage, x, outputs.z)
     _walk(groups, Features(groups.ring, pixels(x)), x, shortcut, stage, outputs.out, outputs.buffer)
+    groups.store_statistics()
     return outputs
 
 
@@ -74,23 +75,24 @@ def _walk(
     out: Tensor,
     buffer: Tensor | None,
 ) -> None:
-    plan, k, rows, images = stage.plan, stage.plan.group_width, pixels(x), groups.images
-    raw = None if buffer is None else pixels(buffer)
-    if raw is not None:
-        raw[:, : plan.in_channels] = rows
+    plan, rows, images = stage.plan, pixels(x), groups.images
+    raw: tuple[Tensor, ...] = ()
+    if buffer is not None:
+        kept = pixels(buffer)
+        kept[:, : plan.in_channels] = rows
+        raw = kept[:, plan.in_channels :].split(plan.group_width, 1)
     masks = None if stage.mask is None else features.ring.place_masks(stage.mask.to(x.dtype))
     shortcuts = Shortcuts(plan, rows, shortcut)
     leaving = Output(features.ring, images, stage.convs.tail, masks)
     groups.activate_input(x, features.input_pieces())
     for j in range(len(plan.groups)):
-        c = plan.slot(j)
-        leaving.write(c, features, out)
+        leaving.write(plan.slot(j), features, out)
         window = features.window(j)
         if masks is not None:
             window = window * images.pixel_mask(masks[j])
         y = groups.convolve(j, window)
         shortcuts.pass_on(j, y, images)
-        if raw is not None:
-            raw[:, c : c + k] = pixels(y)
+        if raw:
+            raw[j].copy_(pixels(y))
         groups.activate(j, y, features.slot(j))
     leaving.write(plan.total_channels, features, out)

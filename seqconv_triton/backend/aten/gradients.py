@@ -96,7 +96,7 @@ class FeatureGradients:
         if self.ring.whole:
             self.gradient += gradient
             return
-        for part, columns in self.ring.window(j):
+        for part, columns in self.ring.windows[j]:
             self.gradient[:, columns] += gradient[:, part]
 
     def add_product(self, j: int, dz: Tensor, weight: Tensor) -> None:
@@ -108,12 +108,12 @@ class FeatureGradients:
         if self.ring.fits[j] and worth_onednn(dz):
             add_product_(self.gradient, dz, self.ring.place(weight, j), self.groups.images)
             return
-        for part, columns in self.ring.window(j):
+        for part, columns in self.ring.windows[j]:
             self.gradient[:, columns].addmm_(dz, weight[:, part])
 
     def store(self, gradient: Tensor, into: Tensor, j: int) -> None:
         """The gradient of what `Ring.place` gave, in the order of the weight."""
-        for part, columns in self.ring.columns_read(j):
+        for part, columns in self.ring.columns_read[j]:
             into[:, part] = gradient[:, columns]
 
     def store_product(self, grad: Tensor, window: Tensor, into: Tensor, j: int) -> None:
@@ -121,7 +121,7 @@ class FeatureGradients:
         if window.shape[1] == into.shape[1] and worth_onednn(grad) and window.is_contiguous():
             self.store(product_over_pixels(grad, window, self.groups.images), into, j)
             return
-        for part, columns in self.ring.columns_read(j):
+        for part, columns in self.ring.columns_read[j]:
             torch.mm(grad.t(), window[:, columns], out=into[:, part])
 
     def input_gradient(self, in_front_of_relu: bool) -> Tensor:

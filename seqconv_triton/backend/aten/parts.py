@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,10 @@ aten = torch.ops.aten
 
 def pixels(x: Tensor) -> Tensor:
     """A channels-last [N, C, H, W] tensor as rows of channels: [P, C]."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    (n, c, h, w), (image, channel, line, pixel) = x.shape, x.stride()
+    if line == w * pixel and image == h * line:  # one op instead of two: groups are many
+        return x.as_strided((n * h * w, c), (pixel, channel))
+    return x.permute(0, 2, 3, 1).reshape(-1, c)
 
 
 class Images:
@@ -26,7 +31,9 @@ class Images:
         self.batch, _, self.height, self.width = x.shape
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self.batch, self.height, self.width)).permute(0, 3, 1, 2)
+        (pixel, channel), line = rows.stride(), self.width * rows.stride(0)
+        size = (self.batch, rows.shape[1], self.height, self.width)
+        return rows.as_strided(size, (self.height * line, channel, line, pixel))
 
     def pixel_mask(self, mask: Tensor) -> Tensor:
         """A channel mask [N, C] repeated for every pixel: [P, C]."""
@@ -35,7 +42,12 @@ class Images:
 
 def onednn_takes(x: Tensor) -> bool:
     """Whether PyTorch has oneDNN for what lies here."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32 and x.is_cpu and _onednn()
+
+
+@cache
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
 
 
 def worth_onednn(grad: Tensor) -> bool:
@@ -84,7 +96,11 @@ def product_over_pixels(grad: Tensor, rows: Tensor, images: Images) -> Tensor:
 
 
 class Norm:
-    """BNs of channels from `first` on. Batch statistics are taken and stored, running ones are only applied."""
+    """BNs of channels from `first` on. Batch statistics are taken and stored, running ones are only applied.
+
+    What the groups give, statistics or gradients, is noted and stored for all of them at once: a write for each would
+    cost as much time as its BN.
+    """
 
     def __init__(self, vectors: NormVectors, stage: StageArguments, first: int = 0) -> None:
         weight, bias, mean, var = vectors
@@ -92,49 +108,73 @@ class Norm:
             mean, var = torch.zeros_like(bias), torch.ones_like(bias)
         self.weight, self.bias, self.mean, self.var, self.eps = weight, bias, mean, var, stage.eps
         self.batch, self.ranks, self.first = stage.statistics == "batch", stage.ranks, first
+        self.noted: list[tuple[int, Tensor, Tensor]] = []  # first channel, and two vectors
 
-    def _channels(self, start: int, raw: Tensor) -> slice:
-        return slice(start - self.first, start - self.first + raw.shape[1])
+    @cached_property
+    def inverse(self) -> Tensor:
+        return (self.var + self.eps).rsqrt()
+
+    def _parts(self, raw: Tensor, start: int, *vectors: Tensor) -> list[Tensor]:
+        """Those of the channels of raw, [start, …)."""
+        return [vector.narrow(0, start - self.first, raw.shape[1]) for vector in vectors]
 
     def normalize(self, raw: Tensor, start: int) -> Tensor:
         """BN of channels [start, …) in the forward pass; in training it takes their statistics."""
         if not self.batch:
             return self.apply(raw, start)
-        channels = self._channels(start, raw)
         if self.ranks is not None:
-            var, mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
-            self.mean[channels], self.var[channels] = self.ranks.statistics(mean, var)
+            own_var, own_mean = torch.var_mean(raw.to(self.mean.dtype), (0, 2, 3), correction=0)
+            mean, var = self._parts(raw, start, self.mean, self.var)
+            for into, value in zip((mean, var), self.ranks.statistics(own_mean, own_var), strict=True):
+                into.copy_(value)
             return self.apply(raw, start)
-        weight, bias = self.weight[channels], self.bias[channels]
-        out, mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
-        self.mean[channels] = mean
-        # Running statistics need the variance; the kernel returns 1/√(variance + eps).
-        self.var[channels] = (inverse.pow(-2) - self.eps).clamp_min(0)
+        weight, bias = self._parts(raw, start, self.weight, self.bias)
+        out, batch_mean, inverse = torch.native_batch_norm(raw, weight, bias, None, None, True, 0.0, self.eps)
+        self.noted.append((start, batch_mean, inverse))
         return out
+
+    def store_statistics(self) -> None:
+        """Of all channels that were normalized, where no rank's were stored before."""
+        if self.noted:
+            mean, inverse = self._collected()
+            self.mean.copy_(mean)
+            # Running statistics need the variance; the kernel returns 1/√(variance + eps).
+            torch.sub(inverse.pow_(-2), self.eps, out=inverse)
+            self.var.copy_(inverse.clamp_min_(0))
 
     def apply(self, raw: Tensor, start: int) -> Tensor:
         """BN of channels [start, …) with known statistics."""
-        channels = self._channels(start, raw)
-        weight, bias, mean, var = (t[channels] for t in (self.weight, self.bias, self.mean, self.var))
+        weight, bias, mean, var = self._parts(raw, start, self.weight, self.bias, self.mean, self.var)
         out: Tensor = torch.native_batch_norm(raw, weight, bias, mean, var, False, 0.0, self.eps)[0]
         return out
 
-    def backward(self, grad: Tensor, raw: Tensor, start: int, d_weight: Tensor, d_bias: Tensor) -> Tensor:
-        """Gradient of BN on channels [start, …): writes those of the affine, returns that of raw."""
-        channels = self._channels(start, raw)
-        mean, var, weight = self.mean[channels], self.var[channels], self.weight[channels]
-        inverse = (var + self.eps).rsqrt()
+    def backward(self, grad: Tensor, raw: Tensor, start: int) -> Tensor:
+        """Gradient of BN on channels [start, …): returns that of raw, notes those of the affine."""
+        vectors = self.weight, self.mean, self.var, self.inverse
+        weight, mean, var, inverse = self._parts(raw, start, *vectors)
         if self.batch and self.ranks is not None:
             precise = grad.to(mean.dtype)
             normal = (raw.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
             sums = torch.stack([precise.sum((0, 2, 3)), (precise * normal).sum((0, 2, 3))])
-            d_bias[channels], d_weight[channels] = sums
+            self.noted.append((start, sums[1], sums[0]))
             mean_g, mean_gx = self.ranks.means(sums)[:, :, None, None].unbind()
             return ((precise - mean_g - normal * mean_gx) * (weight * inverse)[:, None, None]).to(raw.dtype)
-        d_raw, d_weight[channels], d_bias[channels] = aten.native_batch_norm_backward(
+        d_raw, d_weight, d_bias = aten.native_batch_norm_backward(
             grad, raw, weight, mean, var, mean, inverse, self.batch, self.eps, [True, True, True]
         )
+        self.noted.append((start, d_weight, d_bias))
         return d_raw
+
+    def store_gradients(self, d_weight: Tensor, d_bias: Tensor) -> None:
+        """Of the affine of all channels."""
+        for into, found in zip((d_weight, d_bias), self._collected(), strict=True):
+            into.copy_(found)
+
+    def _collected(self) -> tuple[Tensor, Tensor]:
+        """What was noted of all channels, in their order."""
+        _, first, second = zip(*sorted(self.noted, key=lambda entry: entry[0]), strict=True)
+        self.noted = []
+        return torch.cat(first), torch.cat(second)
 
 
 class Groups:
@@ -163,6 +203,12 @@ class Groups:
         rows = pixels(self.norm.normalize(x, 0)) if self.plan.raw_input else pixels(x)
         for part, into in pieces:
             torch.clamp_min(rows[:, part], 0, out=into) if self.plan.raw_input else into.copy_(rows[:, part])
+
+    def store_statistics(self) -> None:
+        """Behind the last group."""
+        self.norm.store_statistics()
+        if self.inner is not None:
+            self.inner.store_statistics()
 
     def convolve(self, j: int, window: Tensor) -> Tensor:
         """Group j's convs over what it reads, rows [P, columns]: its raw output [N, k, H, W]."""

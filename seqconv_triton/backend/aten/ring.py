@@ -33,6 +33,11 @@ class Ring:
         self.whole = filled and plan.in_channels % k == 0 and output_parts(plan, widest) > 0
         self.channels = widest if self.whole else min(total, max(4 * widest, read))
         self.fits = tuple(window == self.channels for window in windows)
+        # By group: where its window lies, where what it reads lies in what `gather` gives, where its own channels go.
+        self.windows = tuple(self.pieces(group.window_start, group.window_width) for group in plan.groups)
+        everything = tuple(slice(0, window) for window in windows)
+        self.columns_read = self.windows if self.whole else tuple([(whole, whole)] for whole in everything)
+        self.slots = tuple(self.column(plan.slot(j)) // k for j in range(len(plan.groups)))  # in widths of a group
         self.reads_unwritten = self.whole and not all(self.fits)
 
     def column(self, channel: int) -> int:
@@ -48,30 +53,22 @@ class Ring:
             pieces.append((slice(before, count), slice(0, count - before)))
         return pieces
 
-    def window(self, j: int) -> list[Piece]:
-        """Group j's window."""
-        group = self.plan.groups[j]
-        return self.pieces(group.window_start, group.window_width)
-
-    def columns_read(self, j: int) -> list[Piece]:
-        """Group j's window among the columns that `gather` gives."""
-        everything = slice(0, self.plan.groups[j].window_width)
-        return self.window(j) if self.whole else [(everything, everything)]
-
     def gather(self, rows: Tensor, j: int) -> Tensor:
         """What group j reads of rows [P, channels]: all columns, or its window."""
         if self.whole:
             return rows
-        pieces = [rows[:, columns] for _, columns in self.window(j)]
+        pieces = [rows[:, columns] for _, columns in self.windows[j]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def place(self, weight: Tensor, j: int, scale: Tensor | None = None) -> Tensor:
         """What goes with group j's window, channels in dimension 1, times `scale`, in the order of the columns read."""
         if not self.whole or (self.fits[j] and self.column(self.plan.groups[j].window_start) == 0):
             return weight if scale is None else weight * scale
+        if scale is None and self.fits[j]:  # in two pieces, the later one first
+            return torch.cat([weight[:, part] for part, _ in reversed(self.windows[j])], 1)
         new = weight.new_empty if self.fits[j] else weight.new_zeros
         out = new((weight.shape[0], self.channels, *weight.shape[2:]))
-        for part, columns in self.window(j):
+        for part, columns in self.windows[j]:
             if scale is None:
                 out[:, columns] = weight[:, part]
             else:
@@ -105,6 +102,7 @@ class Features:
     def __init__(self, ring: Ring, like: Tensor) -> None:
         self.ring = ring
         self.rows = like.new_empty(like.shape[0], ring.channels)
+        self._slots = self.rows.split(ring.plan.group_width, 1)
         self.clear()
 
     def clear(self) -> None:
@@ -123,8 +121,7 @@ class Features:
 
     def slot(self, j: int) -> Tensor:
         """Where group j's own channels go."""
-        start = self.ring.column(self.ring.plan.slot(j))
-        return self.rows[:, start : start + self.ring.plan.group_width]
+        return self._slots[self.ring.slots[j]]
 
     def newest(self, count: int) -> Tensor:
         """The last channels written, where as many as fill the ring once, twice, … (or none) are still to come."""
