@@ -43,9 +43,8 @@ emulate: $(READY) ## Execute the compiled kernels of the whole table without a G
 facilities: $(READY) ## Run the tests behind docs/facilities.md and write its table
 	OMP_NUM_THREADS=1 $(VENV) tests/facilities.py $(ARGS)
 
-# With an interpreter that has timm, torchvision and pytest, not the CPU one of .venv.
-timm: ## Run timm's own tests of models on ours and write the table of docs/timm.md
-	PYTHONPATH=. $(PYTHON) tests/timm_suite.py $(ARGS)
+timm: $(LIBRARIES) ## Run timm's own tests of models on ours and write the table of docs/timm.md
+	PYTHONPATH=. $(LIBRARIES_PYTHON) tests/timm_suite.py $(ARGS)
 
 lint: $(READY) ## Check format, style and types; change nothing
 	$(VENV) -m ruff format --check .

@@ -106,6 +106,7 @@ def markdown(contents: dict[str, Any] | None) -> str:
     source = contents["provenance"]
     return "\n".join(lines) + (
         f"\n\nOurs takes {ours / theirs:.2f} of ResNet-50's time (goal: a third, and one compilation for all batches; "
-        f"{verdict}) on an {source['processor']}, torch {source['torch']}, {source['date']}, revision "
-        f"{source['revision']}.\n"
+        f"{verdict}), forward and backward, one run each, Inductor compiling in one process "
+        f"(TORCHINDUCTOR_COMPILE_THREADS=1), on an {source['processor']} with {source['vectors']}, torch "
+        f"{source['torch']}, {source['date']}, revision {source['revision']}.\n"
     )

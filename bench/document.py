@@ -18,7 +18,7 @@ from typing import Any
 from bench import bounds, compilation, compiled, floors, halves
 from bench.cases import FIRST, MODELS
 from bench.results import FOLDER, Row, load, read_json
-from bench.tables import cases_of, goals_table, losses, peers_table, processor_of, ratio_table, times
+from bench.tables import cases_of, goals_table, loss_lines, losses, peers_table, processor_of, ratio_table, times
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md", "bench/results/README.md", "bench/results/cases.md")
@@ -26,9 +26,9 @@ PART = re.compile(r"(<!-- bench: (?P<name>\w+) -->\n).*?(<!-- bench: end -->)", 
 
 # Rows of the README's table, of SeqResNet-B42: text, results file, part, batch, dtype.
 README_ROWS = (
-    ("CPU, evaluation, 8 images", "cpu", "eval", 8, "float32"),
-    ("CPU, training step, 4 images", "cpu", "step", 4, "float32"),
-    ("CPU, evaluation in bfloat16, 8 images", "cpu-bf16", "eval", 8, "bfloat16"),
+    ("evaluation, 8 images", "cpu", "eval", 8, "float32"),
+    ("training step, 4 images", "cpu", "step", 4, "float32"),
+    ("evaluation, 8 images, bfloat16", "cpu-bf16", "eval", 8, "bfloat16"),
 )
 Contents = dict[str, Any]
 
@@ -38,43 +38,72 @@ def results(name: str) -> Contents | None:
     return load(path) if path.exists() else None
 
 
-def elsewhere(name: str) -> list[Contents]:
-    """The same table's results on other processors: `NAME-on-….json`."""
-    return [load(path) for path in sorted(FOLDER.glob(f"{name}-on-*.json"))]
+def runs_of(name: str) -> list[Contents]:
+    """The newest results of a CPU table, and behind them those on other processors: `NAME-on-….json`."""
+    newest = results(name)
+    if newest is None:
+        return []
+    others = [load(path) for path in sorted(FOLDER.glob(f"{name}-on-*.json"))]
+    return [newest, *(run for run in others if machine(run) != machine(newest))]
+
+
+def machine(contents: Contents) -> str:
+    """ "AMD EPYC (family 25, model 17)"."""
+    model = contents["provenance"].get("processor_model")
+    return processor_of(contents) + (f" ({model})" if model else "")
 
 
 def measured() -> str:
     """The README's table: what was counted and what was timed, the better of every two in bold; GPUs' floors."""
-    contents = results("cpu")
-    if contents is None:
+    runs = runs_of("cpu")
+    if not runs:
         return "Not measured yet: `make bench` writes this table.\n"
     lines = ["| SeqResNet-B42 | concatenating code | seqconv_triton |", "| --- | --- | --- |"]
-    if counts := contents.get("counts", {}).get(FIRST):
+    if counts := runs[0].get("counts", {}).get(FIRST):
         theirs, ours = (counts[key] / 2**20 for key in ("kept_bytes_reference", "kept_bytes"))
         lines.append(f"| kept for backward per 224² image, float32 | {theirs:.0f} MiB | **{ours:.0f} MiB** |")
         tensors = counts["published_parameter_tensors"], counts["parameter_tensors"]
         lines.append(f"| parameter tensors | {tensors[0]:,} (published layout) | **{tensors[1]}** |")
     for text, file, part, batch, dtype in README_ROWS:
-        for run in [found for found in (results(file), *elsewhere(file)) if found is not None]:
-            rows = cases_of(run).get((FIRST, part, batch, dtype), {})
-            own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
-            if "reference eager" in own and "ours eager" in own:
-                sides = times(own, "reference", "ours"), times(own, "ours", "reference")
-                lines.append(f"| {text}, {processor_of(run['provenance'])} | {sides[0]} | {sides[1]} |")
-    if (counted := read_json(floors.FILE)) is not None:
-        for text, mode in (("evaluation", "eval"), ("training step", "train")):
+        for run in runs_of(file):
+            lines += sides(f"{processor_of(run)}, {text}", run, part, batch, dtype)
+    gpu, counted = results("gpu"), read_json(floors.FILE)
+    for text, mode, part in (("evaluation", "eval", "eval"), ("training step", "train", "step")):
+        what = f"{text}, 256 images, bfloat16"
+        found = sides(f"{gpu['provenance']['gpu']}, {what}", gpu, part, 256, "bfloat16") if gpu else []
+        if not found and counted is not None:
             mine, *others = (
                 f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")
             )
-            what = f"{text}, {counted['batch']} images, bfloat16"
-            lines.append(
-                f"| H100, counted from machine code (`python -m bench floors`), not measured: {what} | – | "
-                f"at least {mine} ms (by bytes and FLOPs alone: ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
-            )
-    text = caption(contents, *elsewhere("cpu"))
-    if (half := results("cpu-bf16")) is not None:
-        text += f"\nThe runs in bfloat16 took torch {half['provenance']['torch']}."
+            found = [
+                f"| H100, {what}: a lower bound, not measured (`python -m bench floors`) | – | {mine} ms (by bytes and "
+                f"FLOPs alone, a looser one: ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
+            ]
+        lines += found
+    text = (
+        "Two CPU threads of shared machines; medians of interleaved runs; float32 unless said otherwise, channels_last."
+    )
     return "\n".join(lines) + f"\n\n{text}\n"
+
+
+def sides(what: str, run: Contents, part: str, batch: int, dtype: str) -> list[str]:
+    """B42's row of the README's table, if both sides were timed."""
+    rows = cases_of(run).get((FIRST, part, batch, dtype), {})
+    own = {name: row for name, row in rows.items() if name.endswith((" eager", " compiled"))}
+    if not any(name.startswith("reference ") for name in own) or not any(name.startswith("ours ") for name in own):
+        return []
+    return [f"| {what} | {times(own, 'reference', 'ours')} | {times(own, 'ours', 'reference')} |"]
+
+
+def status() -> str:
+    """What README says of GPUs."""
+    if (gpu := results("gpu")) is None:
+        return (
+            "**No GPU has run the Triton kernels yet**: times on a GPU, drivers and several GPUs are not proven.\n"
+            "`make gpu` is the command that will. Models, layers, training and the CPU backend are tested.\n"
+        )
+    source = gpu["provenance"]
+    return f"The Triton kernels were tested and measured on one {source['gpu']} ({source['date']}), not on several.\n"
 
 
 def peers() -> str:
@@ -86,56 +115,55 @@ def peers() -> str:
     return f"{table}\n{caption(contents)} Rows of bench/results/cpu-full.json.\n"
 
 
-def caption(*runs: Contents) -> str:
-    """How one run was measured, or several that differ in the processor."""
-    sources = [run["provenance"] for run in runs]
-    source = sources[0]
+def caption(contents: Contents) -> str:
+    source = contents["provenance"]
     own = "each contender in processes of its own, " if source.get("processes") == "own" else ""
-    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in runs[0].get("rows", [])))
-    machines = "; ".join(
-        f"{processor_of(run)} with {run['vectors']}, torch {run['torch']}, {run['date']}, revision {run['revision']}"
-        for run in sources
-    )
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in contents.get("rows", [])))
     return textwrap.fill(
-        f"CPU times: medians of interleaved rounds of one run, {own}{dtypes or 'float32'}, channels_last, "
-        f"{source['threads']} threads on a shared {machines}.",
+        f"CPU times: medians of interleaved rounds of one run, {own}{source['threads']} threads on a shared "
+        f"{machine(contents)} with {source['vectors']}, {dtypes or 'float32'}, channels_last, "
+        f"torch {source['torch']}, {source['date']}, revision {source['revision']}.",
         width=120,
     )
 
 
 def summary() -> str:
     """What a sceptic wants to know: the goals, whole networks, and where ours loses."""
-    contents = results("cpu")
-    if contents is None:
+    runs = runs_of("cpu")
+    if not runs:
         return "Not measured yet: `make bench` writes this part.\n"
-    runs = [contents, *elsewhere("cpu")]
-    parts = [goals_table(*runs)]
+    full = results("cpu-full")
+    parts = [goals_table(*runs, *([full] if full else []))]
     for run in runs:
-        networks = {"rows": [row for row in run["rows"] if row["subject"] in MODELS]}
-        parts += [f"{caption(run)}\n", ratio_table(networks)]
-    return "\n".join([*parts, f"On the {processor_of(contents['provenance'])}. " + losses(contents)])
+        networks = [row for row in run["rows"] if row["subject"] in MODELS]
+        others = len(loss_lines(run)) - len(loss_lines({"rows": networks}))
+        parts += [f"{caption(run)}\n", ratio_table({"rows": networks}), losses({"rows": networks}), failures(run)]
+        parts.append(f"Among single layers, single stages and narrow networks it loses in {others} lines more.\n")
+    return "\n".join(filter(None, parts))
 
 
 def bfloat16() -> str:
-    contents = results("cpu-bf16")
-    if contents is None:
+    runs = runs_of("cpu-bf16")
+    if not runs:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    runs = [contents, *elsewhere("cpu-bf16")]
     parts = [goals_table(*runs)]
     for run in runs:
-        parts += [f"{caption(run)}\n", halves.markdown(run)]
-    for dtype in ("bfloat16", "float32"):
-        rows = [row for row in contents["rows"] if row["dtype"] == dtype]
-        parts.append(f"On the {processor_of(contents['provenance'])}, in {dtype}. " + losses({"rows": rows}))
-    return "\n".join(parts)
+        parts += [f"{caption(run)}\n", halves.markdown(run), failures(run)]
+        for dtype in ("bfloat16", "float32"):
+            parts.append(f"In {dtype}. " + losses({"rows": [row for row in run["rows"] if row["dtype"] == dtype]}))
+    return "\n".join(filter(None, parts))
+
+
+def failures(contents: Contents) -> str:
+    """What was wrong or failed; nothing where nothing was."""
+    rows = [row for row in contents["rows"] if "wrong" in row or "failed" in row]
+    return missing({"rows": rows}) if rows else ""
 
 
 def cpu(name: str = "cpu", command: str = "make bench") -> str:
     """All cases of a CPU run, then the peers, where ours loses, and what was not measured; on every processor."""
-    contents = results(name)
-    if contents is None:
-        return f"Not measured yet: `{command}` writes this part.\n"
-    return "\n".join(map(all_cases, [contents, *elsewhere(name)]))
+    found = map(all_cases, runs_of(name))
+    return "\n".join(found) or f"Not measured yet: `{command}` writes this part.\n"
 
 
 def all_cases(contents: Contents) -> str:
@@ -187,6 +215,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "floors": lambda: floors.markdown(read_json(floors.FILE)),
     "compiled": lambda: compiled.markdown(read_json(compiled.FILE)),
     "measured": measured,
+    "status": status,
     "peers": peers,
     "cpu": cpu,
     "cpu_full": partial(cpu, "cpu-full", "python -m bench run --full"),

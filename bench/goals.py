@@ -39,14 +39,13 @@ def times_as_fast(find: Find, subject: str, part: str, batch: int, other: str, d
 
 
 class Goal(NamedTuple):
-    """What is wanted and what was found (None: not measured); `limit` is what bytes and FLOPs alone would allow."""
+    """What is wanted and what was found; None: not measured."""
 
     what: str
     unit: str
     found: float | None
     wanted: float
     more: bool  # is better
-    limit: float | None = None
 
     @property
     def sign(self) -> str:
@@ -79,17 +78,8 @@ def on_cpu(contents: dict[str, Any]) -> list[Goal]:
             name = PARTS[part]
             for other, wanted in (("reference eager", goal), ("reference compiled", 1.0)):
                 value = times_as_fast(find, subject, part, batch, other, "float32")
-                limit = allowed(find, subject, part, batch, other)
-                rows.append(Goal(f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True, limit))
+                rows.append(Goal(f"{subject}, {name}, batch {batch}, against {other}", "×", value, wanted, True))
     return rows
-
-
-def allowed(find: Find, subject: str, part: str, batch: int, other: str) -> float | None:
-    """How many times as fast as another contender the machine's measured ceilings would let us be, in float32."""
-    ours, theirs = find(subject, part, batch, "ours eager", "float32"), find(subject, part, batch, other, "float32")
-    if ours is None or theirs is None or "roofline_seconds" not in ours:
-        return None
-    return float(theirs["median"] / ours["roofline_seconds"])
 
 
 def in_bfloat16(contents: dict[str, Any]) -> list[tuple[str, str, int]]:

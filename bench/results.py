@@ -46,6 +46,23 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def processor_model() -> str:
+    """What tells processors of one name apart: "family 25, model 17"; empty where the system does not say."""
+    try:
+        entries = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    except OSError:
+        return ""
+    found = {name.strip(): value.strip() for name, value in entries.items()}
+    return f"family {found['cpu family']}, model {found['model']}" if {"cpu family", "model"} <= found.keys() else ""
+
+
+def vectors() -> str:
+    """The vector instructions that PyTorch uses, and which half precisions have instructions for products."""
+    has = torch.cpu.get_capabilities()
+    halves = [text for name, text in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX")) if has.get(name)]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *halves])
+
+
 def revision() -> str:
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -68,7 +85,8 @@ def provenance(device: torch.device) -> Row:
     found: Row = {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "processor_model": processor_model(),
+        "vectors": vectors(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -121,12 +121,16 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
 
 def losses(contents: Contents) -> str:
     """Every case in which something else is faster than our fastest form, or needs less memory."""
+    return "Where ours loses:\n\n" + "\n".join(loss_lines(contents) or ["- nowhere in this run"]) + "\n"
+
+
+def loss_lines(contents: Contents) -> list[str]:
     lines = []
     for case, rows in cases_of(contents).items():
         lines += losses_of(case, {name: row for name, row in rows.items() if not is_peer(row)})
     for case, rows in with_peers(contents).items():
         lines += losses_of(case, {name: row for name, row in rows.items() if is_peer(row) or is_ours(row)})
-    return "Where ours loses:\n\n" + "\n".join(lines or ["- nowhere in this run"]) + "\n"
+    return lines
 
 
 def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
@@ -141,8 +145,8 @@ def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
             continue
         if row["median"] < own:
             lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
-        if memory and row.get("peak_bytes", memory) < memory:
-            lines.append(f"- {where}: {name} peaks at {row['peak_bytes'] / memory:.2f} of our memory")
+        if memory and row.get("peak_bytes", memory) < 0.995 * memory:
+            lines.append(f"- {where}: {name} needs {1 - row['peak_bytes'] / memory:.0%} less memory")
     return lines
 
 
@@ -154,27 +158,27 @@ def is_ours(row: Row) -> bool:
     return bool(row["contender"].split()[0] == "ours")
 
 
-def processor_of(provenance: dict[str, Any]) -> str:
+def processor_of(contents: Contents) -> str:
     """ "Intel Xeon": without what is no part of a name."""
-    return re.sub(r"\((R|TM)\)| Processor| CPU.*", "", str(provenance["processor"]))
+    return re.sub(r"\((R|TM)\)| Processor| CPU.*", "", str(contents["provenance"]["processor"]))
 
 
 def goals_table(*runs: Contents) -> str:
-    """A line for every goal of the first run, and what each run found; of several each under its processor's name."""
-    heads = [processor_of(run["provenance"]) for run in runs] if len(runs) > 1 else ["found"]
+    """A line for every goal, and what each run found; of several runs each under its processor's name and date."""
+    heads = ["found"]
+    if len(runs) > 1:
+        heads = [f"{processor_of(run)}, {run['provenance']['date']}" for run in runs]
     lines = [f"| goal | wanted | {' | '.join(heads)} |", "| --- " * (2 + len(runs)) + "|"]
     found = [{goal.what: goal for goal in evaluated(run)} for run in runs]
-    for what, goal in found[0].items():
-        cells = [outcome(goals[what]) if what in goals else "not measured" for goals in found]
+    for what, goal in {what: goal for goals in reversed(found) for what, goal in goals.items()}.items():
+        cells = [outcome(goals.get(what)) for goals in found]
         lines.append(f"| {what} | {goal.sign} {goal.wanted:g} {goal.unit} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def outcome(goal: Goal) -> str:
-    """ "1.34 ×, **missed**; bytes and FLOPs allow 1.65", the last where that would not reach far beyond the goal."""
-    text = goal.text()
-    if verdict := goal.verdict():
-        text += f", **{verdict}**" if verdict == "missed" else f", {verdict}"
-        if verdict == "missed" and goal.limit is not None and goal.limit < 1.25 * goal.wanted:
-            text += f"; bytes and FLOPs allow {goal.limit:.2f}"
-    return text
+def outcome(goal: Goal | None) -> str:
+    """ "1.34 ×, **missed**"."""
+    if goal is None or goal.found is None:
+        return "not measured"
+    verdict = goal.verdict()
+    return f"{goal.text()}, {'**missed**' if verdict == 'missed' else verdict}"

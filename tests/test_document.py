@@ -96,26 +96,64 @@ def test_goals_of_a_cpu() -> None:
 
 
 def test_goals_on_two_processors() -> None:
-    """What one of them did not measure says so; a miss says where not even the ceilings would allow much more."""
+    """Each under its own name, and what only one of them was asked for."""
     b42, float32 = "seqresnet_b42", {"dtype": "float32"}
     one, other = (
         contents(
-            row(b42, "eval", 8, "ours eager", ours, roofline_seconds=0.9) | float32,
+            row(b42, "eval", 8, "ours eager", ours) | float32,
             row(b42, "eval", 8, "reference eager", 1.5) | float32,
         )
-        | {"provenance": {"processor": processor}}
+        | {"provenance": {"processor": processor, "date": "today"}}
         for processor, ours in (("Intel(R) Xeon(R) Processor", 1.0), ("AMD EPYC", 0.75))
     )
-    lines = tables.goals_table(one, other | {"rows": [*other["rows"], row(b42, "step", 4, "ours eager", 1) | float32]})
-    head, _, *found = lines.splitlines()
-    assert head == "| goal | wanted | Intel Xeon | AMD EPYC |"
-    assert found[0].split(" | ")[1:] == [
-        "≥ 1.6 ×",
-        "1.50 ×, **missed**; bytes and FLOPs allow 1.67",
-        "2.00 ×, reached |",
-    ]
+    head, _, *found = tables.goals_table(one, other).splitlines()
+    assert head == "| goal | wanted | Intel Xeon, today | AMD EPYC, today |"
+    assert found[0].split(" | ")[1:] == ["≥ 1.6 ×", "1.50 ×, **missed**", "2.00 ×, reached |"]
     assert found[2].split(" | ")[2:] == ["not measured", "not measured |"]
     assert "| goal | wanted | found |" in tables.goals_table(one)
+    half = [row(b42, "eval", 8, f"{who} eager", 0.5) for who in ("ours", "reference")]
+    cells = [line.split(" | ")[2:] for line in tables.goals_table(one | {"rows": half}, other).splitlines()[2:]]
+    assert ["1.00 ×, reached", "not measured |"] in cells and ["not measured", "2.00 ×, reached |"] in cells
+
+
+def test_a_table_has_one_run_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make bench` on the machine of a file laid aside takes that file's place."""
+    monkeypatch.setattr(document, "FOLDER", tmp_path)
+    assert document.runs_of("cpu") == []
+    for name, model in (("cpu", "family 1"), ("cpu-on-a", "family 1"), ("cpu-on-b", "family 2")):
+        source = {"processor": "AMD EPYC", "processor_model": model, "date": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 2, "provenance": source, "rows": []}))
+    assert [run["provenance"]["date"] for run in document.runs_of("cpu")] == ["cpu", "cpu-on-b"]
+    assert document.machine(document.runs_of("cpu")[1]) == "AMD EPYC (family 2)"
+
+
+def test_a_gpu_run_changes_what_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in document.FOLDER.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.setattr(document, "FOLDER", tmp_path)
+    assert "No GPU has run" in document.status() and "a lower bound, not measured" in document.measured()
+    rows = [
+        row("seqresnet_b42", "eval", 256, f"{who} compiled", 0.01 * i) for i, who in ((1, "ours"), (2, "reference"))
+    ]
+    found = contents(*rows)
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    assert "one a GPU (today)" in document.status()
+    lines = [line for line in document.measured().splitlines() if "256 images" in line]
+    assert lines[0] == "| a GPU, evaluation, 256 images, bfloat16 | compiled 20 ms | compiled **10 ms** |"
+    assert len(lines) == 2 and "H100, training step" in lines[1]
+
+
+def test_failures_are_told() -> None:
+    wrong = {
+        "subject": "m",
+        "part": "eval",
+        "batch": 8,
+        "dtype": "bfloat16",
+        "contender": "ours eager",
+        "wrong": "off by 1",
+    }
+    assert document.failures(contents(row("m", "eval", 8, "ours eager", 1.0))) == ""
+    assert "ours eager — wrong: off by 1" in document.failures(contents(wrong))
 
 
 def test_goals_of_bfloat16_on_a_cpu() -> None:
@@ -159,7 +197,7 @@ def test_compile_times_have_owners() -> None:
         {"network": "m", "seconds": 10.0, "shares": shares, "compilations": 1},
         {"network": "resnet50", "version": "timm 1", "seconds": 25.0, "shares": shares, "compilations": 2},
     ]
-    source = {"processor": "a CPU", "torch": "2", "date": "today", "revision": "r"}
+    source = {"processor": "a CPU", "vectors": "AVX2", "torch": "2", "date": "today", "revision": "r"}
     text = compilation.markdown({"rows": rows, "batches": [2, 3], "provenance": source})
     assert text.splitlines()[2:4] == [
         "| **m** | 10.0 | 2.0 | 1.0 | 3.0 | 4.0 | 1 |",
@@ -177,7 +215,7 @@ def test_losses_are_listed() -> None:
         )
     )
     assert "m, eval, batch 8: resnet50 compiled is 2.00 times as fast as ours" in text
-    assert "m, eval, batch 8: reference eager peaks at 0.50 of our memory" in text
+    assert "m, eval, batch 8: reference eager needs 50% less memory" in text
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == 2
 
 
