@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -52,12 +53,16 @@ class Memory(TorchDispatchMode):
         self.alive = {key: item for key, item in self.alive.items() if not item[0].expired()}
 
 
-def counted(plan: Plan, training: bool, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Counter[str], Memory]]:
-    """Launches by kernel, and memory, of the forward and (in training) the backward pass of a stage."""
+def counted(
+    plan: Plan, training: bool, *, dropout: bool = False, recompute: bool = False
+) -> list[tuple[Counter[str], Memory]]:
+    """Launches by kernel, and memory, of the forward and (in training) the backward pass of a stage in bfloat16."""
     stage = Stage(plan, device="meta")
-    x = torch.empty(4, plan.in_channels, 14, 14, device="meta", dtype=dtype)
+    stage.recompute = recompute
+    x = torch.empty(4, plan.in_channels, 14, 14, device="meta", dtype=torch.bfloat16)
+    mask = x.new_empty((4, plan.window_offsets[-1] + plan.read_channels)) if dropout else None
     results = []
-    for run in stage_passes(stage, x, training):
+    for run in stage_passes(stage, x, training, mask=mask):
         names: Counter[str] = Counter()
 
         def note(kernel: Any, grid: Any, arguments: Any, names: Counter[str] = names) -> None:
@@ -107,8 +112,8 @@ def test_a_replayed_pass_makes_no_view_of_a_group(kind: str, monkeypatch: pytest
     """Views cost the host more than the launches that they were for."""
     for direction in (forward, backward):
         monkeypatch.setattr(direction, "replayed", lambda name, memory, launches: None)
-    for training in (True, False):
-        one, three = (counted(plan_of(kind, blocks), training) for blocks in (1, 3))
+    for training, options in itertools.product((True, False), ({}, {"dropout": True}, {"recompute": True})):
+        one, three = (counted(plan_of(kind, blocks), training, **options) for blocks in (1, 3))
         for (_, few), (_, many) in zip(one, three, strict=True):
             assert few.tensors == many.tensors > 0
 

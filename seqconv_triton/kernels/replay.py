@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 
 
 _programs: OrderedDict[Hashable, list[Entry] | None] = OrderedDict()  # None: cannot be replayed
+_UNKNOWN: list[Entry] = []
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
@@ -57,12 +58,12 @@ def replayed(name: Hashable, memory: tuple[Any, ...], launches: Callable[[], Non
         launches()
         return
     key = (name, pinned(), launch.precision(torch.float32), *(_signature(tensor) for tensor in tensors))
-    if key not in _programs:
+    program = _programs.get(key, _UNKNOWN)  # once: another thread may drop it
+    if program is _UNKNOWN:
         _programs[key] = _noted(tensors, launches)
         while len(_programs) > MOST:
             _programs.popitem(last=False)
         return
-    program = _programs[key]
     if program is None:
         launches()
         return

@@ -155,18 +155,21 @@ def stage_inputs(model: nn.Module, images: tuple[int, ...]) -> list[tuple[Packed
     return found
 
 
-def stage_passes(stage: PackedSeqConv, x: Tensor, training: bool) -> list[Callable[[], None]]:
+def stage_passes(
+    stage: PackedSeqConv, x: Tensor, training: bool, *, mask: Tensor | None = None
+) -> list[Callable[[], None]]:
     """Forward, and in training backward, of one stage on meta tensors, straight through the backend."""
-    plan = stage.plan
+    plan, keep_inner = stage.plan, training and not stage.recompute
     norms, _ = stage.train().norms()
     convs = Convs(*(None if w is None else w.detach().to(x.dtype) for w in stage.convs()))  # type: ignore[arg-type]
     arguments = StageArguments(plan, convs, norms, "batch" if training else "running", stage.eps)
+    arguments = arguments._replace(mask=mask)
 
     def forward() -> None:
         with torch.no_grad():
-            backend.forward(x, None, arguments, keep=training, keep_inner=training)
+            backend.forward(x, None, arguments, keep=training, keep_inner=keep_inner)
 
-    out, buffer, z, statistics = empty_outputs(x, arguments, keep=training, keep_inner=training)
+    out, buffer, z, statistics = empty_outputs(x, arguments, keep=training, keep_inner=keep_inner)
     if buffer is None or statistics is None:
         return [forward]
     behind = arguments._replace(norms=with_statistics(norms, statistics))

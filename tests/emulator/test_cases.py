@@ -1,8 +1,8 @@
 """Half of the table's cases in training, for one architecture and dtype in turn, half of those in evaluation too.
 
 Together they meet every kernel. `make emulate` runs all cases in all of them, and keeps what it found: where a case was
-clean there, with more seeds, and what it launches is the same to the letter, only the stages are executed once more,
-since nearly all of a case's time is compilation.
+clean there, with more seeds, and what it launches is the same to the letter, only the stages and every fourth layer are
+executed once more, since nearly all of a case's time is compilation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def clean() -> set[str]:
 @pytest.mark.parametrize("run", RUNS)
 def test_case(run: str, clean: set[str]) -> None:
     case, architecture, dtype, training = RUNS[run]
-    if not case.startswith("stage") and case_task(case, architecture, dtype, seeds=4).name in clean:
-        return
+    again = case.startswith("stage") or CHOSEN.index(case) % 4 == 1
+    if not again and case_task(case, architecture, dtype, seeds=4).name in clean:
+        pytest.skip("executed before, with these very launches: docs/results/emulation.md")
     outcome = check(CASES[case], dtype, architecture, training, seeds=(0, 1))
     assert not outcome.complaints, "\n".join(outcome.complaints)

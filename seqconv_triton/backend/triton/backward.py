@@ -111,18 +111,24 @@ class Pass:
 
     def recomputed_z(self) -> Tensor:
         """z [J, P, k] again, from the raw buffer."""
-        plan, k = self.plan, self.plan.group_width
-        assert self.stage.convs.reduce is not None
-        activated = self.raw.new_empty((self.geometry.pixels, plan.total_channels))
-        activate(self.raw[:, : plan.in_channels], activated[:, : plan.in_channels], self.norms.input, self.eps)
-        behind, _ = self.norms.behind(plan.in_channels)
+        plan, geometry = self.plan, self.geometry
+        activated = self.raw.new_empty((geometry.pixels, plan.total_channels))
+        z = self.raw.new_empty((len(plan.groups), geometry.pixels, plan.group_width))
+        memory = self.raw, activated, z, self.mask, self.stage.convs.reduce, self.stage.norms
+        name = "z", encode(plan), geometry.batch, geometry.height, self.stage.statistics, self.eps, self.mask is None
+        replayed(name, memory, lambda: self._compute_z(activated, z))
+        return z
+
+    def _compute_z(self, activated: Tensor, z: Tensor) -> None:
+        plan, norms, reduce = self.plan, self.norms, self.stage.convs.reduce
+        assert reduce is not None
+        activate(self.raw[:, : plan.in_channels], activated[:, : plan.in_channels], norms.input, self.eps)
+        behind, _ = norms.behind(plan.in_channels)
         activate(self.raw[:, plan.in_channels :], activated[:, plan.in_channels :], behind, self.eps)
         masks = None if self.mask is None else group_masks(self.mask, plan)
-        z = self.raw.new_empty((len(plan.groups), self.geometry.pixels, k))
-        for j, weight in enumerate(window_weights(self.stage.convs.reduce, plan, 1)):
-            mask = None if masks is None else masks[j]
-            convolution(activated, plan.groups[j].window_start, weight, self.geometry.windows[j], raw=z[j], mask=mask)
-        return z
+        for j, weight in enumerate(window_weights(reduce, plan, 1)):
+            start, mask = plan.groups[j].window_start, None if masks is None else masks[j]
+            convolution(activated, start, weight, self.geometry.windows[j], raw=z[j], mask=mask)
 
     def through_tail(self, d_out: Tensor) -> Tensor:
         """The gradient [P, read] of the activated channels that leave; that of the tail's weight along the way."""

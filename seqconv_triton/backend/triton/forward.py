@@ -142,7 +142,7 @@ class Pass:
         assert self.stage.convs.tail is not None
         source, repeats = self.activated[:, first:], self.plan.tail.repeats
         weight = taps_first(in_blocks(self.stage.convs.tail, self.geometry.tail))
-        mask = None if self.masks is None else repeated(self.masks[-1], repeats)
+        mask = None if self.mask is None else repeated(self.mask[:, self.plan.window_offsets[-1] :], repeats)
         convolution(repeated(source, repeats), 0, weight, packed(self.geometry.tail), raw=out, mask=mask)
 
 
