@@ -7,6 +7,7 @@ minutes for the compiler. What a floor and a roofline are: `seqconv_triton/tools
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from seqconv_triton.tools.instructions import Anatomy
 
 ARCHITECTURE, BATCH, IMAGE = "sm_90", 256, 224
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # the last as TF32
 FILE = FOLDER / "floors.json"
 
 
@@ -31,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_from_arguments(_: argparse.Namespace) -> int:
-    say(f"{ARCHITECTURE}, bfloat16, {BATCH} images of {IMAGE}²")
+    say(f"{ARCHITECTURE}, {BATCH} images of {IMAGE}²")
     anatomies: dict[str, Any] = {}
-    rows = [*(ours(name, mode, anatomies) for name in MODELS for mode in ("eval", "train")), *theirs()]
+    cases = itertools.product(DTYPES, MODELS, ("eval", "train"))
+    rows = [*(ours(*case, anatomies) for case in cases), *theirs()]
     source = provenance(torch.device("cpu"))
     contents = {
         "provenance": {name: source[name] for name in ("torch", "triton", "date", "revision")},
-        "architecture": ARCHITECTURE, "batch": BATCH, "image": IMAGE, "dtype": "bfloat16", "rows": rows,
+        "architecture": ARCHITECTURE, "batch": BATCH, "image": IMAGE, "rows": rows,
         "anatomies": dict(sorted(anatomies.items())),
     }  # fmt: skip
     write_json(FILE, contents)
@@ -45,19 +48,20 @@ def run_from_arguments(_: argparse.Namespace) -> int:
     return 0
 
 
-def ours(name: str, mode: str, anatomies: dict[str, Any]) -> Row:
+def ours(dtype: str, name: str, mode: str, anatomies: dict[str, Any]) -> Row:
     """A row of one of our networks, of all launches of its stages; what was counted of each goes into `anatomies`."""
     from seqconv_triton.tools.cost import model_work, total
     from seqconv_triton.tools.instructions import of_launch
 
     model = sct.create_model(name, device="meta")
-    works = model_work(model, (BATCH, 3, IMAGE, IMAGE), torch.bfloat16, mode == "train", ARCHITECTURE)
-    t = total(works, GPUS[ARCHITECTURE], ARCHITECTURE)
+    works = model_work(model, (BATCH, 3, IMAGE, IMAGE), DTYPES[dtype], mode == "train", ARCHITECTURE)
+    gpu = GPUS[ARCHITECTURE].in_tf32() if dtype == "float32" else GPUS[ARCHITECTURE]
+    t = total(works, gpu, ARCHITECTURE)
     items = {work.item for work in works if work.item is not None}
     anatomies |= {fingerprint([described(item)]): of_launch(item, ARCHITECTURE) for item in items}
-    say(f"{name}, {mode}: {1e3 * t.floor_seconds:.2f} ms")
+    say(f"{name}, {mode}, {dtype}: {1e3 * t.floor_seconds:.2f} ms")
     return {
-        "network": name, "mode": mode, "launches": t.launches, "bytes_seconds": t.bytes_seconds,
+        "network": name, "mode": mode, "dtype": dtype, "launches": t.launches, "bytes_seconds": t.bytes_seconds,
         "operations_seconds": t.operations_seconds, "issue_seconds": t.issue_seconds,
         "roofline_seconds": t.roofline_seconds, "floor_seconds": t.floor_seconds,
     }  # fmt: skip
@@ -79,13 +83,17 @@ def theirs() -> list[Row]:
     for name in peers.BLOCKS:
         for mode in ("eval", "train"):
             r = peers.roofline(name, mode, BATCH, GPUS[ARCHITECTURE], 2, IMAGE)
-            found.append({"network": name, "mode": mode} | {k: v for k, v in r._asdict().items() if k != "launches"})
+            found.append(
+                {"network": name, "mode": mode, "dtype": "bfloat16"}
+                | {k: v for k, v in r._asdict().items() if k != "launches"}
+            )
     return found
 
 
 def seconds(found: dict[str, Any], network: str, mode: str) -> float:
-    """A network's floor, or its roofline where there is no machine code of it."""
-    row = next(r for r in found["rows"] if (r["network"], r["mode"]) == (network, mode))
+    """A network's floor in bfloat16, or its roofline where there is no machine code of it."""
+    wanted = (network, mode, "bfloat16")
+    row = next(r for r in found["rows"] if (r["network"], r["mode"], r["dtype"]) == wanted)
     return float(row.get("floor_seconds", row["roofline_seconds"]))
 
 
@@ -93,14 +101,15 @@ def markdown(found: dict[str, Any] | None) -> str:
     """The table of docs/performance.md."""
     if found is None:
         return "Not counted yet: `python -m bench floors` writes this table.\n"
-    what = f"{found['architecture']}, {found['dtype']}, {found['batch']} images of {found['image']}²"
+    what = f"{found['architecture']}, {found['batch']} images of {found['image']}², in ms"
     lines = [f"| {what} | launches | bytes | FLOPs | issue | floor | ÷ roofline |", "| --- |" + " --- |" * 6]
     for row in found["rows"]:
-        name = f"{row['network']}, {'evaluation' if row['mode'] == 'eval' else 'training step'}"
+        dtype = row["dtype"] if row["dtype"] != "float32" else "float32 as TF32"
+        name = f"{row['network']}, {'evaluation' if row['mode'] == 'eval' else 'training step'}, {dtype}"
         times = [f"{1e3 * row[f'{key}_seconds']:.1f}" for key in ("bytes", "operations")]
         if "floor_seconds" in row:
             ratio = row["floor_seconds"] / row["roofline_seconds"]
-            rest = f"{1e3 * row['issue_seconds']:.1f} | **{1e3 * row['floor_seconds']:.1f} ms** | {ratio:.2f}"
+            rest = f"{1e3 * row['issue_seconds']:.1f} | **{1e3 * row['floor_seconds']:.1f}** | {ratio:.2f}"
             lines.append(f"| {name} | {row['launches']:,} | {' | '.join(times)} | {rest} |")
         else:
             lines.append(f"| {name} | | {' | '.join(times)} | | {1e3 * row['roofline_seconds']:.1f} | |")

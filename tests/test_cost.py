@@ -116,7 +116,7 @@ def of_launch(item, architecture):
 
 instructions.of_launch = of_launch
 found = {}
-for name in ("seqresnet_b42", "seqresnet_b22"):
+for name in ("seqresnet_b42", "seqresnet_b22", "seqresnext_24"):
     model = sct.create_model(name, device="meta")
     for mode in ("eval", "train"):
         works = model_work(model, (256, 3, 224, 224), torch.bfloat16, mode == "train", "sm_90")
@@ -134,9 +134,11 @@ MODELS = {
     "seqresnet_b42 train": (36.0, 1.35, 1290, 30.0),
     "seqresnet_b22 eval": (4.6, 1.12, 178, 4.3),
     "seqresnet_b22 train": (20.0, 1.35, 565, 16.8),
+    "seqresnext_24 eval": (13.8, 1.12, 410, 13.0),
+    "seqresnext_24 train": (52.0, 1.35, 1260, 42.2),
 }
 
-# Instructions that a warp issues for each product of a tile, all of a program's, averaged over B42's launches of that
+# Instructions that a warp issues for each product of a tile, all of a program's, averaged over a model's launches of that
 # kernel and tile. A change that costs, or saves, shows here.
 COUNTED_WITH = "3.7"
 STEPS = {
@@ -173,6 +175,37 @@ STEPS = {
         "weight gradient 3×3 128×64×64": 183,
         "weight gradient tail 128×64×64": 279,
         "weight gradient tail 64×64×64": 328,
+    },
+    "seqresnext_24 eval": {
+        "convolution 1×1 128×32×64": 244,
+        "convolution 1×1 128×64×64": 162,
+        "convolution 1×1 64×128×64": 113,
+        "convolution 3×3 128×32×32": 131,
+        "convolution 3×3 128×64×64": 244,
+        "convolution tail 128×64×64": 195,
+        "convolution tail 64×128×64": 114,
+    },
+    "seqresnext_24 train": {
+        "convolution 1×1 128×32×64": 392,
+        "convolution 1×1 128×64×64": 228,
+        "convolution 1×1 64×128×64": 161,
+        "convolution 3×3 128×32×32": 168,
+        "convolution 3×3 128×64×64": 292,
+        "convolution tail 128×64×64": 195,
+        "convolution tail 64×128×64": 114,
+        "pull 1×1 128×32×32": 459,
+        "pull 1×1 64×128×32": 324,
+        "pull 1×1 64×128×64": 288,
+        "pull 1×1 64×64×64": 272,
+        "transposed 3×3 128×32×32": 198,
+        "transposed 3×3 64×64×64": 211,
+        "transposed tail 64×128×64": 111,
+        "transposed tail 64×64×64": 505,
+        "weight gradient 1×1 128×64×64": 290,
+        "weight gradient 3×3 128×32×64": 399,
+        "weight gradient 3×3 128×64×64": 183,
+        "weight gradient tail 128×64×64": 294,
+        "weight gradient tail 64×64×64": 376,
     },
 }  # fmt: skip
 

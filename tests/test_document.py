@@ -179,13 +179,17 @@ def test_floors_and_rooflines() -> None:
     times = {"bytes_seconds": 0.002, "operations_seconds": 0.001, "roofline_seconds": 0.002}
     ours = times | {"network": "m", "mode": "eval", "launches": 1234, "issue_seconds": 0.001, "floor_seconds": 0.003}
     found = {
-        "architecture": "sm_90", "dtype": "bfloat16", "batch": 2, "image": 224,
+        "architecture": "sm_90", "batch": 2, "image": 224,
         "provenance": {"triton": "3", "date": "today", "revision": "r"},
-        "rows": [ours, times | {"network": "resnet50", "mode": "train"}],
+        "rows": [
+            ours | {"dtype": "float32", "floor_seconds": 0.004}, ours | {"dtype": "bfloat16"},
+            times | {"network": "resnet50", "mode": "train", "dtype": "bfloat16"},
+        ],
     }  # fmt: skip
-    assert floors.markdown(found).splitlines()[2:4] == [
-        "| m, evaluation | 1,234 | 2.0 | 1.0 | 1.0 | **3.0 ms** | 1.50 |",
-        "| resnet50, training step | | 2.0 | 1.0 | | 2.0 | |",
+    assert floors.markdown(found).splitlines()[2:5] == [
+        "| m, evaluation, float32 as TF32 | 1,234 | 2.0 | 1.0 | 1.0 | **4.0** | 2.00 |",
+        "| m, evaluation, bfloat16 | 1,234 | 2.0 | 1.0 | 1.0 | **3.0** | 1.50 |",
+        "| resnet50, training step, bfloat16 | | 2.0 | 1.0 | | 2.0 | |",
     ]
     assert [floors.seconds(found, *key) for key in (("m", "eval"), ("resnet50", "train"))] == [0.003, 0.002]
 

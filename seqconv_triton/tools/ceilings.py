@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Gpu(Ceilings):
     def issues_per_second(self) -> float:
         """Warp instructions: four schedulers a multiprocessor, one a cycle."""
         return self.multiprocessors * 4 * self.clock
+
+    def in_tf32(self) -> Gpu:
+        """Products of float32 have half the rate."""
+        return replace(self, operations_per_second=self.operations_per_second / 2)
 
     def __str__(self) -> str:
         return (

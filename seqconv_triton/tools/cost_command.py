@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from seqconv_triton.models.registry import create_model
@@ -51,7 +50,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
 
     gpu, dtype = GPUS[arguments.arch], DTYPES[arguments.dtype]
     if arguments.dtype == "float32":
-        gpu = replace(gpu, operations_per_second=gpu.operations_per_second / 2)
+        gpu = gpu.in_tf32()
     print(f"{arguments.arch}, {arguments.dtype}, batch {arguments.batch}, {images[-1]}² pixels; {gpu}")
     sums = []
     for mode in ("eval", "train") if arguments.mode == "both" else (arguments.mode,):
