@@ -138,8 +138,8 @@ MODELS = {
     "seqresnext_24 train": (52.0, 1.35, 1260, 42.2),
 }
 
-# Instructions that a warp issues for each product of a tile, all of a program's, averaged over a model's launches of that
-# kernel and tile. A change that costs, or saves, shows here.
+# Instructions that a warp issues for each product of a tile, all of a program's, averaged over a model's launches of
+# that kernel and tile. A change that costs, or saves, shows here.
 COUNTED_WITH = "3.7"
 STEPS = {
     "seqresnet_b42 eval": {

@@ -19,6 +19,7 @@ import pytest
 from runs import recipe_module, run_recipe
 
 import seqconv_triton as sct
+from bench import __main__ as benchmarks
 from recipes import demo
 from recipes.commands import COMMANDS as RECIPES
 from recipes.training import checkpoint
@@ -113,6 +114,26 @@ def test_commands_parse(page: str, words: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "run_from_arguments", lambda arguments: called.append(name) or 0)
     assert run(words[:end]) == 0
     assert called == [name]
+
+
+BENCHMARKS = sorted(
+    {
+        found.strip()
+        for page in [*PAGES, *(ROOT / "bench" / "results").glob("*.md")]
+        for found in re.findall(r"python -m bench\b([^`\n#()]*)", page.read_text(encoding="utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize("words", BENCHMARKS)
+def test_benchmark_commands_parse(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the point where they would measure; in text as well as in blocks."""
+    given = shlex.split(words.replace("…", "text"))
+    name = given[0] if given and not given[0].startswith("-") else "run"
+    called: list[str] = []
+    module = importlib.import_module(benchmarks.COMMANDS[name][1])
+    monkeypatch.setattr(module, "run_from_arguments", lambda arguments: called.append(name) or 0)
+    assert benchmarks.main(given) == 0 and called == [name]
 
 
 def command_name(words: list[str]) -> str:
