@@ -34,12 +34,26 @@ class Background:
         kill_group(self.process)
         self.process.wait()
 
+    def close(self) -> None:
+        """End it, and forget what it has printed."""
+        self.kill()
+        if self.output is not None:
+            self.output.close()
+
     def lines(self) -> list[str]:
         """What it has printed."""
         if self.output is None:
             return []
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace").splitlines()
+        number = self.output.fileno()  # whose position is the process's, too: it must not be moved
+        return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace").splitlines()
+
+    def says(self, line: str, deadline: float) -> bool:
+        """Wait until it has printed a line: False where it ends before, or the deadline comes (time.monotonic)."""
+        while line not in self.lines():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return line in self.lines()
+            time.sleep(0.05)
+        return True
 
 
 def kill_group(leader: subprocess.Popen[bytes] | BaseProcess) -> None:
