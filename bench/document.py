@@ -138,7 +138,9 @@ def summary() -> str:
         networks = [row for row in run["rows"] if row["subject"] in MODELS]
         others = len(loss_lines(run)) - len(loss_lines({"rows": networks}))
         parts += [f"{caption(run)}\n", ratio_table({"rows": networks}), losses({"rows": networks}), failures(run)]
-        parts.append(f"Among single layers, single stages and narrow networks it loses in {others} lines more.\n")
+        parts.append(
+            f"Of single layers, single stages and narrow stages [every case](cases.md) has {others} lines more.\n"
+        )
     return "\n".join(filter(None, parts))
 
 
