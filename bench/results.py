@@ -58,7 +58,8 @@ def processor_model() -> str:
 
 def vectors() -> str:
     """The vector instructions that PyTorch uses, and which half precisions have instructions for products."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # not in every PyTorch
+    # Not in every PyTorch.
+    has: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     halves = [text for name, text in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX")) if has.get(name)]
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *halves])
 
