@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def processor_model() -> str:
 def vectors() -> str:
     """The vector instructions that PyTorch uses, and which half precisions have instructions for products."""
     # Not in every PyTorch.
-    has: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     halves = [text for name, text in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX")) if has.get(name)]
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *halves])
 
