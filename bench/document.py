@@ -69,8 +69,8 @@ def measured() -> str:
             lines += sides(f"{processor_of(run)}, {text}", run, part, batch, dtype)
     gpu, counted = results("gpu"), read_json(floors.FILE)
     for text, mode, part in (("evaluation", "eval", "eval"), ("training step", "train", "step")):
-        what = f"{text}, 256 images, bfloat16"
-        found = sides(f"{gpu['provenance']['gpu']}, {what}", gpu, part, 256, "bfloat16") if gpu else []
+        what = f"{text}, {floors.BATCH} images, bfloat16"
+        found = sides(f"{gpu['provenance']['gpu']}, {what}", gpu, part, floors.BATCH, "bfloat16") if gpu else []
         if not found and counted is not None:
             mine, *others = (
                 f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")

@@ -38,21 +38,22 @@ class BadResults(ValueError):
     """A file that is no results file of this format."""
 
 
-def processor() -> str:
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of a core; elsewhere nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+
+
+def processor() -> str:
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def processor_model() -> str:
     """What tells processors of one name apart: "family 25, model 17"; empty where the system does not say."""
-    try:
-        entries = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    except OSError:
-        return ""
-    found = {name.strip(): value.strip() for name, value in entries.items()}
+    found = cpuinfo()
     return f"family {found['cpu family']}, model {found['model']}" if {"cpu family", "model"} <= found.keys() else ""
 
 

@@ -145,8 +145,8 @@ def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
             continue
         if row["median"] < own:
             lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
-        if memory and row.get("peak_bytes", memory) < 0.995 * memory:
-            lines.append(f"- {where}: {name} needs {1 - row['peak_bytes'] / memory:.0%} less memory")
+        if memory and row.get("peak_bytes", memory) < memory:
+            lines.append(f"- {where}: {name} needs {1 - row['peak_bytes'] / memory:.1%} less memory")
     return lines
 
 
@@ -178,7 +178,6 @@ def goals_table(*runs: Contents) -> str:
 
 def outcome(goal: Goal | None) -> str:
     """ "1.34 ×, **missed**"."""
-    if goal is None or goal.found is None:
+    if goal is None or not (verdict := goal.verdict()):
         return "not measured"
-    verdict = goal.verdict()
     return f"{goal.text()}, {'**missed**' if verdict == 'missed' else verdict}"

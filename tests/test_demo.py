@@ -32,10 +32,10 @@ def test_short_demo_writes_everything_and_repeats_itself(tmp_path: Path) -> None
 
 
 def test_digits_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fifteen seeds ended between 98.1 % and 99.7 % of the 360 test images, and rounding differs between processors."""
+    """At least 98 % on the held-out test set, from the default seed; fifteen seeds ended between 98.1 % and 99.7 %."""
     assert run_recipe(["demo", "--output", str(tmp_path), "--device", "cpu"]) == 0
     networks = json.loads((tmp_path / "results.json").read_text())["networks"]
-    assert networks[0]["test_accuracy"] >= 0.975
+    assert networks[0]["test_accuracy"] >= 0.98
     assert "pre-activation ResNet" in capsys.readouterr().out
 
 

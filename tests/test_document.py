@@ -144,14 +144,7 @@ def test_a_gpu_run_changes_what_readme_says(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_failures_are_told() -> None:
-    wrong = {
-        "subject": "m",
-        "part": "eval",
-        "batch": 8,
-        "dtype": "bfloat16",
-        "contender": "ours eager",
-        "wrong": "off by 1",
-    }
+    wrong = row("m", "eval", 8, "ours eager", 1.0, wrong="off by 1")
     assert document.failures(contents(row("m", "eval", 8, "ours eager", 1.0))) == ""
     assert "ours eager — wrong: off by 1" in document.failures(contents(wrong))
 
@@ -219,7 +212,7 @@ def test_losses_are_listed() -> None:
         )
     )
     assert "m, eval, batch 8: resnet50 compiled is 2.00 times as fast as ours" in text
-    assert "m, eval, batch 8: reference eager needs 50% less memory" in text
+    assert "m, eval, batch 8: reference eager needs 50.0% less memory" in text
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == 2
 
 

@@ -60,7 +60,7 @@ def counted(
     stage = Stage(plan, device="meta")
     stage.recompute = recompute
     x = torch.empty(4, plan.in_channels, 14, 14, device="meta", dtype=torch.bfloat16)
-    mask = x.new_empty((4, plan.window_offsets[-1] + plan.read_channels)) if dropout else None
+    mask = x.new_empty((4, plan.mask_channels)) if dropout else None
     results = []
     for run in stage_passes(stage, x, training, mask=mask):
         names: Counter[str] = Counter()

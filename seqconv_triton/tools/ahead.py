@@ -162,8 +162,7 @@ def stage_passes(
     plan, keep_inner = stage.plan, training and not stage.recompute
     norms, _ = stage.train().norms()
     convs = Convs(*(None if w is None else w.detach().to(x.dtype) for w in stage.convs()))  # type: ignore[arg-type]
-    arguments = StageArguments(plan, convs, norms, "batch" if training else "running", stage.eps)
-    arguments = arguments._replace(mask=mask)
+    arguments = StageArguments(plan, convs, norms, "batch" if training else "running", stage.eps, mask)
 
     def forward() -> None:
         with torch.no_grad():

@@ -62,12 +62,10 @@ class Pass:
         self.raw = rows(buffer)
         self.norms = StageNorms(stage, stage.norms.main, stage.norms.inner)
         g = gradients
-        # Of the affines of all BNs; statistics have none.
-        affine = g.norm_weight, g.norm_bias, g.reduce_norm_weight, g.reduce_norm_bias
-        main, inner = NormVectors(*affine[:2], None, None), None
-        if affine[2] is not None and affine[3] is not None:
-            inner = NormVectors(affine[2], affine[3], None, None)
-        self.into = StageNorms(stage, main, inner)
+        inner = None
+        if g.reduce_norm_weight is not None and g.reduce_norm_bias is not None:
+            inner = NormVectors(g.reduce_norm_weight, g.reduce_norm_bias)
+        self.into = StageNorms(stage, NormVectors(g.norm_weight, g.norm_bias), inner)  # of the BNs' affines
         self.d_raw = None if d_buffer is None else rows(channels_last(d_buffer))
         self.z = z.view(count, pixels, k) if z is not None else self.recomputed_z() if plan.bottleneck else None
         self.dy = buffer.new_empty((count, pixels, k))  # of every group's raw output
