@@ -1,8 +1,8 @@
 """What every backend computes: a stage (a single layer is a stage of one layer without a tail), in packed tensors.
 
 P = N·H·W pixels, J groups of k channels, B = plan.total_channels buffer channels. `reference` is plain differentiable
-PyTorch, the specification. A fused backend is a module like `FusedBackend`, which `ops/registered.py` puts behind one
-op a direction. It allocates what it returns, with the sizes, strides and dtypes of `empty_outputs`, `empty_gradients`.
+PyTorch, the specification. A `FusedBackend` is two functions, which `ops/registered.py` puts behind one op a direction.
+It allocates what it returns, with the sizes, strides and dtypes of `empty_outputs`, `empty_gradients`.
 """
 
 from __future__ import annotations
@@ -102,15 +102,15 @@ class Gradients(NamedTuple):
     reduce_norm_bias: Tensor | None
 
 
-class FusedBackend(Protocol):
-    """A backend with a backward pass of its own; never called without a pixel."""
-
-    def forward(
+class ForwardPass(Protocol):
+    def __call__(
         self, x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
     ) -> ForwardOutputs:
         """x [N, C, H, W] in any layout; `keep` the buffer, and with `keep_inner` z, for the backward pass."""
 
-    def backward(
+
+class BackwardPass(Protocol):
+    def __call__(
         self,
         d_out: Tensor | None,
         d_buffer: Tensor | None,
@@ -120,6 +120,13 @@ class FusedBackend(Protocol):
         needs: Needs,
     ) -> Gradients:
         """From the gradients of out and buffer (one of them may be None). z, where not kept, is computed again."""
+
+
+class FusedBackend(NamedTuple):
+    """A backend with a backward pass of its own; never called without a pixel."""
+
+    forward: ForwardPass
+    backward: BackwardPass
 
 
 class StageOutput(NamedTuple):

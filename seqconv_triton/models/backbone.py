@@ -14,6 +14,7 @@ from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.nn.watched import has_other_forward
 from seqconv_triton.ops.checks import check_network_input
+from seqconv_triton.ops.stage import autocast_dtype
 
 
 class Backbone(nn.Module):
@@ -138,7 +139,7 @@ class Backbone(nn.Module):
 def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
     """Images as the stages want them, channels-last, if they fit the first conv's weight."""
     if weight is not None:
-        check_network_input(x, weight)
+        check_network_input(x, weight, cast=autocast_dtype(x) is not None)
     return with_gradient_like(x).contiguous(memory_format=torch.channels_last)
 
 

@@ -15,7 +15,7 @@ from seqconv_triton.backend import is_exporting
 from seqconv_triton.backend.contract import empty_channels_last
 from seqconv_triton.nn.layers import fan_out_uniform_
 from seqconv_triton.nn.leaf import leaf
-from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
+from seqconv_triton.ops.stage import autocast_dtype, no_autocast
 
 aten = torch.ops.aten
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from seqconv_triton.backend.contract import NormVectors, StatisticsMode
-from seqconv_triton.ops.autocast import autocast_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,10 +89,10 @@ def _check_parameter(name: str, tensor: Tensor | None, wanted: tuple[int, ...] |
         raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; move both to one device")
 
 
-def check_network_input(x: Tensor, weight: Tensor) -> None:
-    """Images fit a network's first conv in channels, device and dtype (autocast casts for itself)."""
+def check_network_input(x: Tensor, weight: Tensor, cast: bool) -> None:
+    """Images fit a network's first conv in channels, device and, unless autocast will `cast` both, dtype."""
     check_images("x", x, weight.shape[1])
     if x.device != weight.device and not weight.is_meta:  # offloaded weights come with the conv's forward
         raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move both to one device")
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+    if x.dtype != weight.dtype and not cast:
         raise TypeError(f"x is {x.dtype} but the model is {weight.dtype}; cast one of them, or use torch.autocast")

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten import fused as aten
+from seqconv_triton.backend.aten.backward import backward as aten_backward
+from seqconv_triton.backend.aten.forward import forward as aten_forward
 from seqconv_triton.backend.contract import (
     BatchStatistics,
     Convs,
@@ -34,13 +35,20 @@ from seqconv_triton.plan import Plan
 from seqconv_triton.plan_text import decode, encode
 
 
-def implementation(name: str) -> FusedBackend:
-    """A fused backend; Triton is imported only when it is asked for."""
-    if name == "triton":
-        from seqconv_triton.backend.triton import fused as triton
+def implementation(name: str, x: Tensor) -> FusedBackend:
+    """A fused backend for tensors like x; Triton is imported only when it is asked for.
 
-        return triton
-    return aten
+    Where PyTorch's convolutions must not use TF32, float32 on a GPU is theirs: Triton has no matrix instruction for it.
+    """
+    if name == "triton":
+        from seqconv_triton.backend.triton.backward import backward
+        from seqconv_triton.backend.triton.forward import forward
+        from seqconv_triton.kernels.launch import precision
+
+        exact = x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) != "tf32"
+        if not exact:
+            return FusedBackend(forward, backward)
+    return FusedBackend(aten_forward, aten_backward)
 
 
 # What both directions take; `mean` and `var` in the backward pass are the batch's where the forward pass took those.
@@ -144,7 +152,7 @@ def stage_forward(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(x), profiled("stage_forward", stage.plan):
         if call["group"] and stage.statistics == "batch":
             stage = stage._replace(ranks=AcrossRanks.meet(call["group"], x))
-        outputs = implementation(call["backend"]).forward(
+        outputs = implementation(call["backend"], x).forward(
             x, call["shortcut"], stage, keep=call["keep"], keep_inner=call["keep_inner"]
         )
     return _flat_outputs(outputs, None if stage.ranks is None else stage.ranks.counts)
@@ -178,7 +186,7 @@ def stage_backward(*arguments: Any) -> tuple[Tensor, ...]:
     if call["group"] and stage.statistics == "batch":
         stage = stage._replace(ranks=AcrossRanks(process_group(call["group"]), call["counts"]))
     with torch.cuda.device_of(buffer), profiled("stage_backward", stage.plan):
-        gradients = implementation(call["backend"]).backward(
+        gradients = implementation(call["backend"], buffer).backward(
             call["d_out"], call["d_buffer"], buffer, z if z.numel() else None, stage, Needs(*call["needs"])
         )
     return _flat_gradients(gradients, buffer)

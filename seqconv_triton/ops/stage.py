@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,31 @@ from seqconv_triton.backend.contract import (
     StatisticsMode,
     statistics_dtype,
 )
-from seqconv_triton.ops.autocast import autocast_dtype, no_autocast
 from seqconv_triton.ops.checks import check_images, check_stage
 from seqconv_triton.ops.flops import register_flops
 from seqconv_triton.ops.registered import run_stage
 from seqconv_triton.plan import Plan
+
+# Asked once, since torch.compile of torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that an active autocast asks of x; None without one, and for float64, which it leaves alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast casts nothing more; an exporter would record one that is not needed."""
+    device = x.device.type
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def stage(

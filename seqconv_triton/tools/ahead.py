@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqconv_triton.backend.contract import Convs, Needs, StageArguments, empty_outputs, with_statistics
-from seqconv_triton.backend.triton import fused as backend
+from seqconv_triton.backend.triton import backward as backward_pass
+from seqconv_triton.backend.triton import forward as forward_pass
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import shared_memory
 from seqconv_triton.kernels.configs import Table, assume, use_tables
@@ -166,7 +167,7 @@ def stage_passes(
 
     def forward() -> None:
         with torch.no_grad():
-            backend.forward(x, None, arguments, keep=training, keep_inner=keep_inner)
+            forward_pass.forward(x, None, arguments, keep=training, keep_inner=keep_inner)
 
     out, buffer, z, statistics = empty_outputs(x, arguments, keep=training, keep_inner=keep_inner)
     if buffer is None or statistics is None:
@@ -176,7 +177,7 @@ def stage_passes(
 
     def backward() -> None:
         with torch.no_grad():
-            backend.backward(torch.empty_like(out), None, buffer, z, behind, needs)
+            backward_pass.backward(torch.empty_like(out), None, buffer, z, behind, needs)
 
     return [forward, backward]
 

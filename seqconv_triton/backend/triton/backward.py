@@ -13,12 +13,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqconv_triton.backend.contract import Gradients, NormVectors, StageArguments
+from seqconv_triton.backend.contract import Gradients, Needs, NormVectors, StageArguments, empty_gradients
 from seqconv_triton.backend.packing import group_masks, window_weights
 from seqconv_triton.backend.triton.parts import (
     Geometry,
     StageNorms,
     channels_last,
+    check,
+    dense,
     in_blocks,
     masked_rows,
     mirrored,
@@ -168,16 +170,17 @@ class Pass:
         return self.upstream[:, c - self.first : c - self.first + channels]
 
 
-def launch_backward(
+def backward(
     d_out: Tensor | None,
     d_buffer: Tensor | None,
     buffer: Tensor,
     z: Tensor | None,
     stage: StageArguments,
-    gradients: Gradients,
-) -> None:
-    """All launches of a backward pass, which fill `gradients`."""
-    run = Pass(d_out, d_buffer, buffer, z, stage, gradients)
+    needs: Needs,
+) -> Gradients:
+    """As `contract.BackwardPass` says."""
+    check(buffer, stage.plan)
+    run = Pass(d_out, d_buffer, buffer, z, dense(stage), empty_gradients(buffer, stage, needs))
     if stage.ranks is not None:  # which talk between launches
         through_groups(run)
     else:
@@ -190,6 +193,7 @@ def launch_backward(
         images = run.dy.unflatten(1, (geometry.batch, geometry.height, geometry.width))
         run.gradients.shortcut.copy_(images.permute(1, 0, 4, 2, 3).flatten(1, 2))
     weight_gradients(run)
+    return run.gradients
 
 
 def through_groups(run: Pass) -> None:

@@ -20,6 +20,8 @@ from seqconv_triton.backend.triton.parts import (
     Geometry,
     StageNorms,
     channels_last,
+    check,
+    dense,
     in_blocks,
     packed,
     repeated,
@@ -146,10 +148,12 @@ class Pass:
         convolution(repeated(source, repeats), 0, weight, packed(self.geometry.tail), raw=out, mask=mask)
 
 
-def launch_forward(
+def forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
-    """All launches of a forward pass, and what they fill."""
+    """As `contract.ForwardPass` says. Raises TypeError or ValueError for what the kernels do not take."""
+    check(x, stage.plan)
+    stage = dense(stage)
     run = Pass(x, shortcut, stage, keep=keep, keep_inner=keep_inner)
     groups = with_batch_statistics if run.batch else with_known_statistics
     if stage.ranks is not None:  # which talk between launches

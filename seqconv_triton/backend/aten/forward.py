@@ -1,6 +1,6 @@
-"""The shared buffer on PyTorch's own ops: CPU first, and wherever Triton is not (`contract.FusedBackend`).
+"""The forward pass over the shared buffer on PyTorch's own ops: CPU first, and wherever Triton is not.
 
-Forward, group by group: 1×1 conv over the window as one matrix product, BN-ReLU, 3×3 conv, shortcut, BN-ReLU into the
+Group by group: 1×1 conv over the window as one matrix product, BN-ReLU, 3×3 conv, shortcut, BN-ReLU into the
 ring (`ring.py`). Kept for backward are the raw buffer and z, the raw outputs of the 1×1 convs. An evaluation folds BN
 into the convs and takes a few images at a time (`evaluation.py`).
 """
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from seqconv_triton.backend.aten import memory
-from seqconv_triton.backend.aten.backward import backward
 from seqconv_triton.backend.aten.evaluation import FoldedGroups, images_per_chunk
 from seqconv_triton.backend.aten.output import Output
 from seqconv_triton.backend.aten.parts import Groups, Shortcuts, pixels
@@ -21,13 +20,11 @@ from seqconv_triton.backend.aten.precision import cast, working_dtype
 from seqconv_triton.backend.aten.ring import Features, ring_of
 from seqconv_triton.backend.contract import ForwardOutputs, StageArguments, empty_outputs, with_statistics
 
-__all__ = ["backward", "forward"]
-
 
 def forward(
     x: Tensor, shortcut: Tensor | None, stage: StageArguments, *, keep: bool, keep_inner: bool
 ) -> ForwardOutputs:
-    """A stage's forward pass; what is kept lies in memory that belongs to the stage's weights."""
+    """As `contract.ForwardPass` says; what is kept lies in memory that belongs to the stage's weights."""
     owner = stage.norms.main.weight
     if not keep:
         memory.release(owner)
