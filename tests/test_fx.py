@@ -106,6 +106,21 @@ def test_traced_equals_the_model(name: str, training: bool) -> None:
     assert all(error(a, b) < 1e-10 for a, b in zip(run(compiled(traced.train(not training)), x), expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["alone", "in-sequence"])
+def test_dropout_without_batch_statistics(name: str) -> None:
+    """As many fine-tune: the network in training, its BNs in evaluation, whether set before the trace or after it."""
+    model = randomise(CASES[name]()).double().train()
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    late = fx.symbolic_trace(model)
+    for network in (model, late):
+        for norm in (part for part in network.modules() if isinstance(part, nn.BatchNorm2d)):
+            norm.eval()
+    early = fx.symbolic_trace(model)
+    assert not same(copy.deepcopy(model).eval(), model, x)
+    for twin in (late, early, copy.deepcopy(early), pickle.loads(pickle.dumps(early)), fx.symbolic_trace(early)):
+        assert same(twin, model, x)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_fused_models(pack: bool) -> None:
     model = randomise(small_imagenet(), layer_b=0.3).eval()

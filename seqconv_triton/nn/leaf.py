@@ -35,12 +35,14 @@ def leaf(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
 def _node(tracer: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     owner = args[0]
+    if isinstance(owner, Shell):  # also when what was traced is traced again: the mode stays the root's, not a constant
+        kwargs["training"] = tracer.create_proxy("get_attr", "training", (), {})
     if not isinstance(owner, nn.Module):
         return tracer.create_proxy("call_function", function, args, kwargs)
     name, path, inputs = function.__name__, tracer.path_of_module(owner), args[1:]
     if not path:
         shell, parts = hollow(owner)
-        return tracer.create_proxy("call_function", call_filled, (shell, name, *inputs), {**kwargs, **parts})
+        return _node(tracer, call_filled, shell, name, *inputs, **kwargs, **parts)
     if name == "forward" and not (owner._forward_hooks or owner._forward_pre_hooks):
         return tracer.create_proxy("call_module", path, inputs, kwargs)
     return tracer.create_proxy("call_method", name, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
@@ -70,13 +72,13 @@ def hollow(module: nn.Module) -> tuple[Shell, dict[str, Any]]:
 
 @leaf
 def call_filled(shell: Shell, method: str, *args: Any, **kwargs: Any) -> Any:
-    """A method of the root, whose parts are among `kwargs`, in the mode of its modules."""
+    """A method of the root, whose parts and mode are among `kwargs`."""
     module = object.__new__(shell.kind)
     nn.Module.__init__(module)
     module.__dict__.update(shell.attributes)
     for name in shell.parts:
         setattr(module, name, kwargs.pop(name))
-    module.training = any(child.training for child in module.children())
+    module.training = kwargs.pop("training")
     return getattr(module, method)(*args, **kwargs)
 
 
