@@ -36,8 +36,10 @@ KERNELS = (
     "convolution tail",
     "pull 1×1",
     "transposed 3×3",
+    "transposed tail",
     "weight gradient 1×1",
     "weight gradient 3×3",
+    "weight gradient tail",
     "elementwise",
     "statistics",
 )

@@ -9,8 +9,8 @@ from bench.cases import MODELS, Case
 from bench.contenders import DTYPES
 from bench.predict import case_work
 from bench.report import milliseconds
-from bench.roofline import countable, families, predicted
-from seqconv_triton.tools.ceilings import GPUS, Gpu
+from bench.roofline import countable, families, for_products_of, predicted
+from seqconv_triton.tools.ceilings import GPUS, Ceilings, Gpu
 from seqconv_triton.tools.cost import Work
 
 COLUMNS = ("arithmetic", "bytes", "roofline", "issue", "floor")
@@ -18,16 +18,17 @@ COLUMNS = ("arithmetic", "bytes", "roofline", "issue", "floor")
 
 def case_lines(case: Case, gpu: Gpu, architecture: str | None) -> Iterable[str]:
     """A line a part, and for whole models one a kernel family."""
-    counted = architecture if architecture and countable(architecture, DTYPES[case.dtype]) else None
+    counted = architecture if architecture and countable(architecture) else None
+    ceilings = for_products_of(DTYPES[case.dtype], gpu)
     for part, works in case_work(case, architecture or "sm_90").items():
-        yield line(case.name, part, works, gpu, counted)
+        yield line(case.name, part, works, ceilings, counted)
         if case.subject in sct.list_models():
             for family, own in families(works):
-                yield line("", family, own, gpu, counted)
+                yield line("", family, own, ceilings, counted)
 
 
-def line(name: str, part: str, works: list[Work], gpu: Gpu, architecture: str | None) -> str:
-    seconds = predicted(works, gpu, architecture)
+def line(name: str, part: str, works: list[Work], ceilings: Ceilings, architecture: str | None) -> str:
+    seconds = predicted(works, ceilings, architecture)
     times = [f"{milliseconds(seconds[key])} ms" if (key := f"{what}_seconds") in seconds else "" for what in COLUMNS]
     return f"{name:<76}{part:<22}{len(works):>9}{''.join(f'{time:>13}' for time in times)}  not measured"
 

@@ -33,7 +33,8 @@ def setting(case: Case, device: torch.device) -> Setting:
         return Local(Contender(label, run, results=results), case, device)
 
     def expected(_: str) -> Expected:
-        exact = kernel.torch(torch.float32)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = kernel.torch(torch.float32)
         plain = kernel.torch(dtype)
         return Expected(exact, {name: relative_error(plain[name], value) for name, value in exact.items()})
 

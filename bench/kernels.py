@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from bench.operands import Operands, part, rows
 from bench.subjects import stage_of
@@ -151,6 +151,31 @@ def transform_backward(o: Operands) -> Kernel:
     return Kernel(ours, plain)
 
 
+def tail_backward(o: Operands) -> Kernel:
+    (weight, shape), tail, channels = o.tail, o.plan.tail, o.plan.read_channels
+    assert tail is not None and tail.repeats == 1
+    ready = mirrored(in_blocks(weight, shape), packed(shape).group_out)
+    d_out, d_in = o.normal(shape.out_pixels, shape.c_out), o.normal(o.pixels, channels)
+
+    def ours() -> Results:
+        transposed(d_out, ready, packed(shape), d_in)
+        return {"d_in": d_in}
+
+    def plain(dtype: torch.dtype) -> Results:
+        size, padding = (o.batch, channels, o.size, o.size), tail.kernel_size // 2
+        images = leaving(o, d_out.to(dtype))
+        d_in = conv2d_input(size, weight.to(dtype), images, tail.stride, padding, groups=tail.groups)
+        return {"d_in": rows(d_in)}
+
+    return Kernel(ours, plain)
+
+
+def leaving(o: Operands, out: Tensor) -> Tensor:
+    """[P_out, C] behind the tail as images."""
+    _, shape = o.tail
+    return out.view(o.batch, shape.out_height, shape.out_width, -1).permute(0, 3, 1, 2)
+
+
 def reduce_weights(o: Operands) -> Kernel:
     windows = o.geometry.readers()
 
@@ -186,6 +211,27 @@ def transform_weights(o: Operands) -> Kernel:
     return Kernel(ours, plain)
 
 
+def tail_weights(o: Operands) -> Kernel:
+    (weight, shape), tail, first = o.tail, o.plan.tail, o.plan.total_channels - o.plan.read_channels
+    assert tail is not None and tail.repeats == 1 and first >= o.identity
+    d_out, x, norm = (
+        o.normal(shape.out_pixels, shape.c_out),
+        o.raw[:, first:],
+        part(o.main, slice(first - o.identity, None)),
+    )
+    table = None if shape.kernel == shape.stride == 1 else pixel_table(shape, d_out)
+
+    def ours() -> Results:
+        flat = conv_gradient(d_out[None], x[None], shape, weight.numel(), norm=norm, table=table, eps=EPS)
+        return {"gradient": flat.view_as(weight)}
+
+    def plain(dtype: torch.dtype) -> Results:
+        images, grad, padding = o.images(relu_of(x.to(dtype), norm)), leaving(o, d_out.to(dtype)), tail.kernel_size // 2
+        return {"gradient": conv2d_weight(images, weight.shape, grad, tail.stride, padding, groups=tail.groups)}
+
+    return Kernel(ours, plain)
+
+
 def activation(o: Operands) -> Kernel:
     z, norm, out = o.z[o.j], part(o.inner, o.own(o.j)), o.normal(o.pixels, o.k)
 
@@ -217,8 +263,10 @@ FAMILIES: dict[str, Callable[[Operands], Kernel]] = {
     "convolution tail": tail_forward,
     "pull 1×1": pull_backward,
     "transposed 3×3": transform_backward,
+    "transposed tail": tail_backward,
     "weight gradient 1×1": reduce_weights,
     "weight gradient 3×3": transform_weights,
+    "weight gradient tail": tail_weights,
     "elementwise": activation,
     "statistics": statistics,
 }

@@ -31,9 +31,14 @@ def module_work(module: nn.Module, images: Sequence[int], dtype: torch.dtype, tr
     return parts
 
 
-def countable(architecture: str, dtype: torch.dtype) -> bool:
-    """Whether machine code can be compiled and counted here: not in Triton's interpreter, nor for exact float32."""
-    return architecture in GPUS and not launch.INTERPRETED and dtype != torch.float32
+def countable(architecture: str) -> bool:
+    """Whether machine code can be compiled and counted here: not in Triton's interpreter."""
+    return architecture in GPUS and not launch.INTERPRETED
+
+
+def for_products_of(dtype: torch.dtype, ceilings: Ceilings) -> Ceilings:
+    """Those of a GPU are measured in bfloat16; its products of float32 are TF32."""
+    return ceilings.in_tf32() if isinstance(ceilings, Gpu) and dtype == torch.float32 else ceilings
 
 
 def predicted(works: Sequence[Work], ceilings: Ceilings, architecture: str | None = None) -> dict[str, float]:

@@ -82,8 +82,6 @@ def measure(
     identities = [case.identity for case in cases]
     results = reopened(output, identities) if append else Results(output, {"provenance": source, "cases": identities})
     before = results.contents.get("seconds", 0)
-    if device.type == "cuda":  # the same arithmetic for everyone
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     limits = asdict(ceilings.measure(device, dtype)) | {"dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":

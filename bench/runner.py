@@ -185,9 +185,10 @@ def prediction(
     if ceilings is None or not work or not label.startswith("ours"):
         return {}
     from bench.contenders import DTYPES
-    from bench.roofline import countable, families, predicted
+    from bench.roofline import countable, families, for_products_of, predicted
     from seqconv_triton.kernels.configs import architecture
 
+    ceilings = for_products_of(DTYPES[case.dtype], ceilings)
     works = [w for name, items in work.items() if part in (name, "step") for w in items]
     row: Row = {
         "operations": sum(w.operations for w in works),
@@ -196,7 +197,7 @@ def prediction(
         "roofline_seconds": predicted(works, ceilings)["roofline_seconds"],
     }
     name = architecture(device).partition(":")[0]
-    if device.type != "cuda" or not countable(name, DTYPES[case.dtype]):
+    if device.type != "cuda" or not countable(name):
         return row
     try:
         whole = predicted(works, ceilings, name)

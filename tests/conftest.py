@@ -9,10 +9,12 @@ import gc
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
 import torch
+from helpers import exact_kernels
 from interpreter import make_interpreter_fast
 from slow import mark_slow
 
@@ -71,7 +73,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("Triton compiles for the GPU here")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    with sct.use_backend(backend):
+    with sct.use_backend(backend), exact_kernels() if device == "cuda" else nullcontext():
         yield torch.device(device)
 
 

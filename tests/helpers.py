@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import seqconv_triton as sct
 from seqconv_triton.backend.packing import transform_weights
 from seqconv_triton.nn.layers import PackedSeqConv
+from seqconv_triton.ops import registered
 
 DOCS = Path(__file__).parent.parent / "docs"
 Run = Callable[[nn.Module, Tensor], Sequence[Tensor]]
@@ -61,6 +63,14 @@ class SmallImageNet(sct.models.imagenet.ImageNetNetwork):
 
 def small_imagenet(**options: bool) -> SmallImageNet:
     return SmallImageNet(7, **options)
+
+
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """Kernels multiply float32 exactly on a GPU, as in the interpreter; for users that is PyTorch's to do."""
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, patch.object(registered, "left_to_pytorch", lambda x: False):
+        yield
 
 
 def error(got: Tensor, expected: Tensor) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import error, randomise
+from helpers import error, exact_kernels, randomise
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -286,7 +286,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cudnn.allow_tf32 = False
     work, folder = {"parallel": parallel, "elastic": elastic}[sys.argv[1]], Path(sys.argv[2])
     # A meeting place for every attempt: in the agent's own store, gloo finds the addresses of ranks that are gone.
     meeting = folder.resolve() / f"ranks-meet-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
@@ -294,7 +293,8 @@ if __name__ == "__main__":
         "nccl" if DEVICE.type == "cuda" else "gloo", init_method=f"file://{meeting}",
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=5),
     )  # fmt: skip
-    work(folder)
+    with exact_kernels():
+        work(folder)
     if work is parallel:  # once there are two processes: what one that is killed should come to
         undisturbed = folder / "undisturbed"
         undisturbed.mkdir(exist_ok=True)

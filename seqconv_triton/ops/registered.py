@@ -36,19 +36,20 @@ from seqconv_triton.plan_text import decode, encode
 
 
 def implementation(name: str, x: Tensor) -> FusedBackend:
-    """A fused backend for tensors like x; Triton is imported only when it is asked for.
-
-    Where PyTorch's convolutions must not use TF32, float32 on a GPU is theirs: Triton has no matrix instruction for it.
-    """
-    if name == "triton":
+    """A fused backend for tensors like x; Triton is imported only when it is asked for."""
+    if name == "triton" and not left_to_pytorch(x):
         from seqconv_triton.backend.triton.backward import backward
         from seqconv_triton.backend.triton.forward import forward
-        from seqconv_triton.kernels.launch import precision
 
-        exact = x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) != "tf32"
-        if not exact:
-            return FusedBackend(forward, backward)
+        return FusedBackend(forward, backward)
     return FusedBackend(aten_forward, aten_backward)
+
+
+def left_to_pytorch(x: Tensor) -> bool:
+    """Float32 on a GPU where PyTorch's convolutions must not use TF32: no matrix instruction multiplies exactly."""
+    from seqconv_triton.kernels.launch import precision
+
+    return x.is_cuda and x.dtype == torch.float32 and precision(x.dtype) != "tf32"
 
 
 # What both directions take; `mean` and `var` in the backward pass are the batch's where the forward pass took those.
