@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import bounds, compilation, compiled, floors, halves
-from bench.cases import FIRST, MODELS
+from bench import summary as first
+from bench.cases import FIRST
 from bench.results import FOLDER, Row, load, read_json
-from bench.tables import cases_of, goals_table, loss_lines, losses, peers_table, processor_of, ratio_table, times
+from bench.tables import cases_of, goals_table, losses, machine, peers_table, processor_of, ratio_table, times
+from seqconv_triton.tools.ceilings import GPUS
 
 ROOT = Path(__file__).parent.parent
+EXECUTED = ROOT / "docs" / "results" / "emulation.json"
 DOCUMENTS = ("README.md", "docs/performance.md", "bench/results/README.md", "bench/results/cases.md")
 PART = re.compile(r"(<!-- bench: (?P<name>\w+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 
@@ -47,12 +50,6 @@ def runs_of(name: str) -> list[Contents]:
     return [newest, *(run for run in others if machine(run) != machine(newest))]
 
 
-def machine(contents: Contents) -> str:
-    """ "AMD EPYC (family 25, model 17)"."""
-    model = contents["provenance"].get("processor_model")
-    return processor_of(contents) + (f" ({model})" if model else "")
-
-
 def measured() -> str:
     """The README's table: what was counted and what was timed, the better of every two in bold; GPUs' floors."""
     runs = runs_of("cpu")
@@ -62,28 +59,31 @@ def measured() -> str:
     if counts := runs[0].get("counts", {}).get(FIRST):
         theirs, ours = (counts[key] / 2**20 for key in ("kept_bytes_reference", "kept_bytes"))
         lines.append(f"| kept for backward per 224² image, float32 | {theirs:.0f} MiB | **{ours:.0f} MiB** |")
-        tensors = counts["published_parameter_tensors"], counts["parameter_tensors"]
-        lines.append(f"| parameter tensors | {tensors[0]:,} (published layout) | **{tensors[1]}** |")
     for text, file, part, batch, dtype in README_ROWS:
         for run in runs_of(file):
             lines += sides(f"{processor_of(run)}, {text}", run, part, batch, dtype)
     gpu, counted = results("gpu"), read_json(floors.FILE)
-    for text, mode, part in (("evaluation", "eval", "eval"), ("training step", "train", "step")):
-        what = f"{text}, {floors.BATCH} images, bfloat16"
-        found = sides(f"{gpu['provenance']['gpu']}, {what}", gpu, part, floors.BATCH, "bfloat16") if gpu else []
-        if not found and counted is not None:
-            mine, *others = (
-                f"{1e3 * floors.seconds(counted, name, mode):.1f}" for name in (FIRST, "resnet50", "resnet152")
-            )
-            found = [
-                f"| H100, {what}: a lower bound, not measured (`python -m bench floors`) | – | {mine} ms (by bytes and "
-                f"FLOPs alone, a looser one: ResNet-50 {others[0]}, ResNet-152 {others[1]}) |"
-            ]
-        lines += found
     text = (
         "Two CPU threads of shared machines; medians of interleaved runs; float32 unless said otherwise, channels_last."
     )
-    return "\n".join(lines) + f"\n\n{text}\n"
+    bounds_of: dict[str, list[str]] = {}
+    for what, mode, part in (("evaluation", "eval", "eval"), ("training step", "train", "step")):
+        case = f"{what}, {floors.BATCH} images, bfloat16"
+        if gpu and (found := sides(f"{gpu['provenance']['gpu']}, {case}", gpu, part, floors.BATCH, "bfloat16")):
+            lines += found
+        elif counted is not None:
+            for name in (FIRST, "resnet50", "resnet152"):
+                bounds_of.setdefault(name, []).append(f"{1e3 * floors.seconds(counted, name, mode):.1f}")
+            lines.append(
+                f"| {GPUS[floors.ARCHITECTURE].name}, {case}, not measured | – | ≥ {bounds_of[FIRST][-1]} ms |"
+            )
+    if bounds_of:
+        smaller, larger = (" and ".join(bounds_of[name]) for name in ("resnet50", "resnet152"))
+        text += (
+            f" Not measured: the least that our stages' machine code allows (`python -m bench floors`); memory and "
+            f"arithmetic alone allow a whole ResNet-50 {smaller} ms, a ResNet-152 {larger} ms."
+        )
+    return "\n".join(lines) + f"\n\n{textwrap.fill(text, 120)}\n"
 
 
 def sides(what: str, run: Contents, part: str, batch: int, dtype: str) -> list[str]:
@@ -98,12 +98,29 @@ def sides(what: str, run: Contents, part: str, batch: int, dtype: str) -> list[s
 def status() -> str:
     """What README says of GPUs."""
     if (gpu := results("gpu")) is None:
-        return (
-            "**No GPU has run the Triton kernels yet**: times on a GPU, drivers and several GPUs are not proven.\n"
-            "`make gpu` is the command that will. Models, layers, training and the CPU backend are tested.\n"
+        text = (
+            "**No GPU has run the Triton kernels yet**: times on a GPU, drivers and several GPUs are not proven, and "
+            "`make gpu` is the command that will. "
         )
+        if (found := read_json(EXECUTED)) is not None:
+            text += executed(found)
+        return textwrap.fill(f"{text}Models, layers, training and the CPU backend are tested.", 120) + "\n"
     source = gpu["provenance"]
     return f"The Triton kernels were tested and measured on one {source['gpu']} ({source['date']}), not on several.\n"
+
+
+def executed(found: Contents) -> str:
+    """How often compiled kernels were executed without a GPU, and what was found."""
+    launches, instructions = (
+        sum(group.get(what, 0) for group in found["groups"]) for what in ("launches", "instructions")
+    )
+    kinds = ("races", "misaligned", "out of bounds", "other errors")
+    races, misaligned, stray, other = (sum(group[kind] for group in found["groups"]) for kind in kinds)
+    return (
+        f"Their compiled code was executed on a CPU instead, thread by thread: {launches:,} launches, {instructions:,} "
+        f"warp instructions, {races} races, {misaligned} misaligned accesses, {stray} out of bounds, {other} other "
+        f"errors ({found['date']}). "
+    )
 
 
 def peers() -> str:
@@ -128,19 +145,13 @@ def caption(contents: Contents) -> str:
 
 
 def summary() -> str:
-    """What a sceptic wants to know: the goals, whole networks, and where ours loses."""
+    """The goals, whole networks, and what is faster."""
     runs = runs_of("cpu")
     if not runs:
         return "Not measured yet: `make bench` writes this part.\n"
     full = results("cpu-full")
-    parts = [goals_table(*runs, *([full] if full else []))]
-    for run in runs:
-        networks = [row for row in run["rows"] if row["subject"] in MODELS]
-        others = len(loss_lines(run)) - len(loss_lines({"rows": networks}))
-        parts += [f"{caption(run)}\n", ratio_table({"rows": networks}), losses({"rows": networks}), failures(run)]
-        parts.append(
-            f"Of single layers, single stages and narrow stages [every case](cases.md) has {others} lines more.\n"
-        )
+    found = [*runs, *([full] if full else [])]
+    parts = [goals_table(*found), first.again(runs_of("cpu-bf16")), first.networks(runs), *map(failures, runs)]
     return "\n".join(filter(None, parts))
 
 
@@ -148,12 +159,24 @@ def bfloat16() -> str:
     runs = runs_of("cpu-bf16")
     if not runs:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    parts = [goals_table(*runs)]
-    for run in runs:
-        parts += [f"{caption(run)}\n", halves.markdown(run), failures(run)]
+    return "\n".join(filter(None, [goals_table(*runs), first.halves(runs), *map(failures, runs)]))
+
+
+def lost() -> str:
+    """What is faster than ours in any CPU run, and what those runs were."""
+    full = results("cpu-full")
+    runs = [*runs_of("cpu"), *runs_of("cpu-bf16"), *([full] if full else [])]
+    return "\n".join([first.faster(runs), *(f"{caption(run)}\n" for run in runs)])
+
+
+def all_halves() -> str:
+    """All cases of the runs in two precisions, and where ours loses."""
+    parts = []
+    for run in runs_of("cpu-bf16"):
+        parts += [f"{caption(run)}\n", halves.markdown(run)]
         for dtype in ("bfloat16", "float32"):
             parts.append(f"In {dtype}. " + losses({"rows": [row for row in run["rows"] if row["dtype"] == dtype]}))
-    return "\n".join(filter(None, parts))
+    return "\n".join(parts) or "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
 
 
 def failures(contents: Contents) -> str:
@@ -213,6 +236,8 @@ def missing(contents: Contents) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "bfloat16": bfloat16,
+    "lost": lost,
+    "halves": all_halves,
     "compile": lambda: compilation.markdown(read_json(compilation.FILE)),
     "floors": lambda: floors.markdown(read_json(floors.FILE)),
     "compiled": lambda: compiled.markdown(read_json(compiled.FILE)),

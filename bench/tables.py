@@ -120,7 +120,7 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
 
 
 def losses(contents: Contents) -> str:
-    """Every case in which something else is faster than our fastest form, or needs less memory."""
+    """Every case in which something else is faster than our fastest form, or needs less memory than our same form."""
     return "Where ours loses:\n\n" + "\n".join(loss_lines(contents) or ["- nowhere in this run"]) + "\n"
 
 
@@ -139,14 +139,18 @@ def losses_of(case: tuple[Any, ...], rows: dict[str, Row]) -> list[str]:
     if own == float("inf"):
         return []
     lines, where = [], f"{subject}, {part}, batch {batch}"
-    memory = min((row["peak_bytes"] for row in rows.values() if "peak_bytes" in row and is_ours(row)), default=None)
+    memory = {
+        row["contender"].split()[1]: row["peak_bytes"] for row in rows.values() if "peak_bytes" in row and is_ours(row)
+    }
     for name, row in rows.items():
         if is_ours(row):
             continue
         if row["median"] < own:
             lines.append(f"- {where}: {name} is {own / row['median']:.2f} times as fast as ours")
-        if memory and row.get("peak_bytes", memory) < memory:
-            lines.append(f"- {where}: {name} needs {1 - row['peak_bytes'] / memory:.1%} less memory")
+        form = name.split()[1]
+        own_memory = memory.get(form, min(memory.values(), default=0))
+        if row.get("peak_bytes", own_memory) < own_memory:
+            lines.append(f"- {where}: {name} needs {1 - row['peak_bytes'] / own_memory:.1%} less memory")
     return lines
 
 
@@ -163,11 +167,17 @@ def processor_of(contents: Contents) -> str:
     return re.sub(r"\((R|TM)\)| Processor| CPU.*", "", str(contents["provenance"]["processor"]))
 
 
+def machine(contents: Contents) -> str:
+    """ "AMD EPYC (family 25, model 17)"."""
+    model = contents["provenance"].get("processor_model")
+    return processor_of(contents) + (f" ({model})" if model else "")
+
+
 def goals_table(*runs: Contents) -> str:
     """A line for every goal, and what each run found; of several runs each under its processor's name and date."""
     heads = ["found"]
     if len(runs) > 1:
-        heads = [f"{processor_of(run)}, {run['provenance']['date']}" for run in runs]
+        heads = [f"{machine(run)}, {run['provenance']['date']}" for run in runs]
     lines = [f"| goal | wanted | {' | '.join(heads)} |", "| --- " * (2 + len(runs)) + "|"]
     found = [{goal.what: goal for goal in evaluated(run)} for run in runs]
     for what, goal in {what: goal for goals in reversed(found) for what, goal in goals.items()}.items():

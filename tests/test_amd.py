@@ -16,14 +16,17 @@ import seqconv_triton as sct
 from seqconv_triton.tools.ahead import TARGETS, build, launches
 
 found = {}
-for item in launches(sct.create_model("cifar_seqresnet_r4_k8", device="meta"), 32, 32, torch.bfloat16, "gfx942"):
-    if any(name == "counter_ptr" and kind != "constexpr" for name, kind in item.signature):
-        found.setdefault(item.name, item)
+for model in ("cifar_seqresnet_r4_k8", "seqresnet_b42"):
+    for item in launches(sct.create_model(model, device="meta"), 32, 32, torch.bfloat16, "gfx942"):
+        if any(name == "counter_ptr" and kind != "constexpr" for name, kind in item.signature):
+            found.setdefault(item.name, item)
 for name, item in found.items():
     print("=====", name, len(item.small), build(item, TARGETS["gfx942"]).asm["amdgcn"], sep="\\n")
 """
 SHUFFLE = re.compile(r"(?:ds_bpermute_b32|ds_swizzle_b32|v_mov_b32_dpp|v_permlane\w+) (v\d+), (?:v\d+, )?(v\d+)")
 FMA = re.compile(r"v_fmac?_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)(?:, (v\d+))?")
+PAIRED = re.compile(r"v_pk_(mul|fma)_f32 (.*)")
+PAIR = re.compile(r"([vs])\[(\d+):\d+\]")
 PRODUCT = re.compile(r"v_mul_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)")
 
 
@@ -49,12 +52,30 @@ def undrained(text: str) -> list[str]:
     return found
 
 
+def scalar(line: str) -> list[str]:
+    """An instruction on pairs of registers as two on single ones, any other as it is.
+
+    `op_sel` names the halves that the first one reads, `op_sel_hi` those of the second one.
+    """
+    paired = PAIRED.match(line)
+    if paired is None:
+        return [line]
+    operands = [(kind, int(first)) for kind, first in PAIR.findall(paired[2])]
+    found = []
+    for half, option in enumerate(("op_sel", "op_sel_hi")):
+        chosen = re.search(rf"\b{option}:\[([\d,]+)\]", paired[2])
+        halves = [half, *(map(int, chosen[1].split(",")) if chosen else [half] * (len(operands) - 1))]
+        names = [f"{kind}{first + h}" for (kind, first), h in zip(operands, halves, strict=True)]
+        found.append(f"v_{paired[1]}_f32 {', '.join(names)}")
+    return found
+
+
 def contracted(text: str) -> list[str]:
     """FMAs a·b + s in which s is another lane's a·b, which was rounded: the two lanes' sums differ."""
     shuffled: dict[str, str] = {}
     products: dict[str, frozenset[str]] = {}
     found = []
-    for line in map(str.strip, text.splitlines()):
+    for line in (single for written in text.splitlines() for single in scalar(written.strip())):
         if fma := FMA.match(line):
             target, a, b, addend = fma.groups()
             if products.get(shuffled.get(addend or target, "")) == frozenset((a, b)):
@@ -71,9 +92,15 @@ def contracted(text: str) -> list[str]:
 
 def test_a_release_finds_all_stores_done(kernels: dict[str, tuple[int, str]]) -> None:
     """One wave releases the counter for all, and its own wait does not hold for the others' stores."""
-    assert set(kernels) >= {"convolution", "pull", "input_statistics"}
+    assert set(kernels) == {"convolution", "pull", "transposed", "input_statistics"}
     for name, (_, text) in kernels.items():
         assert text.count("buffer_wbl2") >= 2 and not undrained(text), name
+
+
+def test_an_acquire_empties_the_cache(kernels: dict[str, tuple[int, str]]) -> None:
+    """Behind every counter: `volatile` does not make the last program's loads pass it."""
+    for name, (_, text) in kernels.items():
+        assert text.count("buffer_inv") == text.count("global_atomic_add"), name
 
 
 def test_lanes_of_a_sum_agree(kernels: dict[str, tuple[int, str]]) -> None:
@@ -91,6 +118,18 @@ def test_the_reader_sees_what_it_is_for() -> None:
     lines = ["v_mul_f32_e32 v3, v1, v2", "v_mov_b32_dpp v4, v3 row_shl:1 row_mask:0xf", "v_fma_f32 v5, v2, v1, v4"]
     assert contracted("\n".join(lines)) == lines[2:]
     assert not contracted("\n".join([lines[0], "v_add_f32_e32 v3, v3, v9", *lines[1:]]))
+    pairs = ["v_pk_mul_f32 v[2:3], v[10:11], v[20:21] op_sel_hi:[1,0]", lines[1]]
+    assert contracted("\n".join([*pairs, "v_fma_f32 v5, v20, v11, v4"]))
+    assert not contracted("\n".join([*pairs, "v_fma_f32 v5, v21, v11, v4"]))
+    assert contracted(
+        "\n".join(
+            [
+                "v_mul_f32_e32 v3, v1, v2",
+                lines[1],
+                "v_pk_fma_f32 v[6:7], v[0:1], v[2:3], v[4:5] op_sel:[1,0,0] op_sel_hi:[0,1,1]",
+            ]
+        )
+    )
     release = ["s_barrier", "buffer_wbl2 sc1", "s_waitcnt vmcnt(0)"]
     assert undrained("\n".join(["buffer_store_dword v2, v3", *release])) == ["buffer_wbl2 sc1"]
     assert not undrained("\n".join(["global_store_dword v2, v3", "s_waitcnt vmcnt(0)", *release]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import compilation, document, floors, goals, halves, tables
+from bench import compilation, document, floors, goals, halves, summary, tables
 from bench.plot_kernels import slope
 
 # A figure that somebody measured: a time, a size, a rate, a ratio.
@@ -124,14 +124,17 @@ def test_a_table_has_one_run_of_every_machine(tmp_path: Path, monkeypatch: pytes
         source = {"processor": "AMD EPYC", "processor_model": model, "date": name}
         (tmp_path / f"{name}.json").write_text(json.dumps({"format": 2, "provenance": source, "rows": []}))
     assert [run["provenance"]["date"] for run in document.runs_of("cpu")] == ["cpu", "cpu-on-b"]
-    assert document.machine(document.runs_of("cpu")[1]) == "AMD EPYC (family 2)"
+    assert tables.machine(document.runs_of("cpu")[1]) == "AMD EPYC (family 2)"
 
 
 def test_a_gpu_run_changes_what_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in document.FOLDER.glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text())
     monkeypatch.setattr(document, "FOLDER", tmp_path)
-    assert "No GPU has run" in document.status() and "a lower bound, not measured" in document.measured()
+    assert (
+        "No GPU has run" in document.status()
+        and "evaluation, 256 images, bfloat16, not measured" in document.measured()
+    )
     rows = [
         row("seqresnet_b42", "eval", 256, f"{who} compiled", 0.01 * i) for i, who in ((1, "ours"), (2, "reference"))
     ]
@@ -140,7 +143,7 @@ def test_a_gpu_run_changes_what_readme_says(tmp_path: Path, monkeypatch: pytest.
     assert "one a GPU (today)" in document.status()
     lines = [line for line in document.measured().splitlines() if "256 images" in line]
     assert lines[0] == "| a GPU, evaluation, 256 images, bfloat16 | compiled 20 ms | compiled **10 ms** |"
-    assert len(lines) == 2 and "H100, training step" in lines[1]
+    assert len(lines) == 2 and "H200, training step, 256 images, bfloat16, not measured" in lines[1]
 
 
 def test_failures_are_told() -> None:
@@ -214,6 +217,47 @@ def test_losses_are_listed() -> None:
     assert "m, eval, batch 8: resnet50 compiled is 2.00 times as fast as ours" in text
     assert "m, eval, batch 8: reference eager needs 50.0% less memory" in text
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == 2
+
+
+def test_memory_is_compared_like_with_like() -> None:
+    """Our eager form needs less than theirs; our fused one, which keeps a second copy of the weights, more."""
+    forms = [row("m", "eval", 1, f"{who} {how}", 0.1, peak_bytes=size) for who, how, size in (
+        ("ours", "eager", 100), ("reference", "eager", 110), ("ours", "fused", 200), ("reference", "fused", 150),
+        ("reference", "compiled", 90),
+    )]  # fmt: skip
+    assert tables.loss_lines(contents(*forms)) == [
+        "- m, eval, batch 1: reference fused needs 25.0% less memory",
+        "- m, eval, batch 1: reference compiled needs 10.0% less memory",
+    ]
+
+
+def test_runs_stand_side_by_side() -> None:
+    """One column a run, bold is the faster side, and what is faster is told once, over all runs."""
+    b42, source = "seqresnet_b42", {"processor": "A chip", "date": "today"}
+    runs = [
+        contents(
+            row(b42, "eval", 8, "ours eager", ours, peak_bytes=2**24),
+            row(b42, "eval", 8, "reference eager", 0.2, peak_bytes=2**25),
+            row(b42, "eval", 8, "resnet50 eager", 0.1, version="timm 1"),
+            row(b42, "forward", 8, "resnet50 eager", 0.1, version="timm 1"),
+        )
+        | {"provenance": source}
+        for ours in (0.15, 0.3)
+    ]
+    assert summary.networks(runs).splitlines()[2:] == [
+        "| seqresnet_b42, evaluation | 8 | 200 → **150 ms** | **200** → 300 ms | 32 MiB → 16 MiB |  |"
+    ]
+    assert summary.faster(runs).splitlines() == [
+        "Compared with the concatenating code and resnet50.",
+        "",
+        "- resnet50, evaluation, batch 8, bfloat16: 1.50 to 3.00 times as fast as seqresnet_b42",
+        "- the concatenating code, evaluation, batch 8, bfloat16: 1.50 times as fast as seqresnet_b42",
+    ]
+    found = [r | {"dtype": "float32"} for r in runs[0]["rows"]]
+    assert "- A chip, today: seqresnet_b42, evaluation, batch 8 1.33 ×" in summary.again([runs[0] | {"rows": found}])
+    assert summary.again(runs) == ""
+    both = [runs[0] | {"rows": [*runs[0]["rows"], *(r | {"median": 2 * r["median"]} for r in found)]}]
+    assert "| **seqresnet_b42, ours**, evaluation | 8 | 300 → 150 ms, 2.00 × |" in summary.halves(both)
 
 
 def test_peers_stand_beside_us_with_their_versions() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from emulator.build import NoCompiler, compiler
-from emulator.rows import ROWS, finished
-from emulator.work import alone_task
 
 TESTS = Path(__file__).parent
 ARCHITECTURES = "sm_80", "sm_90"
@@ -23,25 +23,36 @@ RUNS = {
     "the table": ["emulator/test_cases.py", "-k", "table"],
     "mutations": ["emulator/test_mutations.py"],
 }
-for number, architecture in enumerate(ARCHITECTURES):
-    # A third of them; a ninth where all were clean with these very kernels (`make emulate`).
-    task = alone_task(architecture, seed=1)
-    parts = 9 if any(finished(ROWS, {task.name: task})) else 3
-    options = ["--emulate", architecture, "--share", f"{number}/{parts}", "test_kernels.py", "test_kernels_backward.py"]
-    RUNS[f"kernels alone, {architecture}"] = ["-p", "emulator.alone", *options]
+for architecture in ARCHITECTURES:
     RUNS[f"cases, {architecture}"] = ["emulator/test_cases.py", "-k", architecture]
+KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_emulated(run: str) -> None:
-    """Without a C++ compiler it is skipped; on CI (CI=true) that is an error."""
+    execute(*RUNS[run])
+
+
+@pytest.mark.parametrize("number", range(len(ARCHITECTURES)))
+def test_every_kernel_alone(number: int, tmp_path: Path) -> None:
+    """A third of the tests of single kernels, as one GPU or the other and in another order of programs."""
+    options = ["--emulate", ARCHITECTURES[number], "--share", f"{number}/3", "--seed", f"{number + 1}"]
+    record = tmp_path / "lines"
+    execute("-p", "emulator.alone", *options, "--record", str(record), "test_kernels.py", "test_kernels_backward.py")
+    met = {kernel for line in record.read_text("utf-8").splitlines() for kernel in json.loads(line)["kernels"]}
+    files = (TESTS.parent / "seqconv_triton" / "kernels").glob("*.py")
+    assert met == {name for file in files for name in KERNEL.findall(file.read_text("utf-8"))}
+
+
+def execute(*arguments: str) -> None:
+    """pytest in a process. Without a C++ compiler the test is skipped; on CI (CI=true) that is an error."""
     try:
         compiler()
     except NoCompiler as missing:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(missing))
-    arguments = [str(TESTS / a) if a.endswith(".py") else a for a in RUNS[run]]
+    arguments = tuple(str(TESTS / a) if a.endswith(".py") else a for a in arguments)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         env=os.environ | {"PYTHONPATH": str(TESTS)}, cwd=TESTS.parent, capture_output=True, text=True,

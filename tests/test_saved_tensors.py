@@ -42,7 +42,7 @@ def hooks(unpack: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
 
 HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "contiguous copy": lambda: hooks(lambda t: t.clone(memory_format=torch.contiguous_format)),
-    "save_on_cpu": save_on_cpu,
+    "save_on_cpu": save_on_cpu,  # on a CPU the very same tensors: the others stand for it there
     "offloaded to a file": lambda: hooks(through_disk),
     "dimensions reversed": lambda: hooks(dimensions_reversed),
     "gaps between elements": lambda: hooks(with_gaps),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -20,13 +19,16 @@ os.environ["TRITON_INTERPRET"] = "0"  # before tests/conftest.py asks for the in
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulate", default="sm_80", help="the architecture that kernels are compiled for")
     parser.addoption("--seed", type=int, default=1, help="the order of programs and warps")
-    parser.addoption("--share", default="0/1", help="i/n runs the i-th of n parts of the tests, as their names fall")
-    parser.addoption("--record", help="a file that gets a line of JSON a test: launches, instructions, findings")
+    parser.addoption("--share", default="0/1", help="i/n runs the i-th of every n cases of each test, at least one")
+    parser.addoption("--record", help="a file that gets a line of JSON a test: launches, findings, kernels")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--share").split("/"))
-    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    items[:] = [item for cases in tests.values() for item in cases[part % len(cases) :: parts]]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,7 @@ def emulated(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[
         yield
     if record:
         with open(record, "a", encoding="utf-8") as file:
-            json.dump({"counts": gpu.counts(), "findings": gpu.findings()}, file)
+            kernels = sorted({name for name, _ in gpu.results})
+            json.dump({"counts": gpu.counts(), "findings": gpu.findings(), "kernels": kernels}, file)
             file.write("\n")
     assert not gpu.errors, "\n".join(map(str, gpu.errors))

@@ -15,7 +15,7 @@ from helpers import Run, randomise
 from torch import Tensor, nn
 
 import seqconv_triton as sct
-from seqconv_triton.plan import Plan, Tail
+from seqconv_triton.plan import Layer, Plan, Tail
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -129,4 +129,22 @@ def stages() -> Iterator[Case]:
     yield stage("stage-k8-many-tiles", extended, (3, 14, 14), tiles=16)
 
 
-CASES = {case.name: case for case in (*layers(), *stages())}
+def wide() -> Iterator[Case]:
+    """Groups and tails as wide as in the ImageNet networks, on few pixels: their kernels' very configurations."""
+    yield wide_stage("wide-c128-k32", 128, 32, 4, Tail(128, 3, 2, 2))
+    yield wide_stage("wide-c256-k32-s8", 256, 32, 4, Tail(256, 3, 2, 32), subgroups=8)
+    yield wide_stage("wide-c256-k32-s8-alone", 256, 32, 1, None, subgroups=8)
+    yield wide_stage("wide-c256-k64", 256, 64, 2, Tail(256, 3, 2, 4))
+    yield wide_stage("wide-c512-k64", 512, 64, 2, Tail(512, 3, 2, 4))
+    yield wide_stage("wide-c1024-k64-s8", 1024, 64, 2, Tail(256, 3, 2, 32), subgroups=8)
+    yield wide_stage("wide-c1024-k128", 1024, 128, 2, Tail(1024, 1))
+    yield wide_stage("wide-c2048-k128-s8", 2048, 128, 2, Tail(2048, 1), subgroups=8)
+
+
+def wide_stage(name: str, channels: int, k: int, groups: int, tail: Tail | None, subgroups: int = 1) -> Case:
+    """A few groups alone, and a tail over the last channels."""
+    read = channels if tail is None or tail.kernel_size == 1 else tail.out_channels
+    return stage(name, Plan((Layer(channels, groups * k),), k, True, subgroups, read, True, tail), (1, 2, 2))
+
+
+CASES = {case.name: case for case in (*layers(), *stages(), *wide())}
