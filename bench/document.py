@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bounds, compilation, compiled, floors, halves
+from bench import bounds, compilation, compiled, floors, halves, launches
 from bench import summary as first
 from bench.cases import FIRST
 from bench.results import FOLDER, Row, load, read_json
@@ -241,6 +241,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "compile": lambda: compilation.markdown(read_json(compilation.FILE)),
     "floors": lambda: floors.markdown(read_json(floors.FILE)),
     "compiled": lambda: compiled.markdown(read_json(compiled.FILE)),
+    "launches": lambda: launches.markdown(read_json(launches.FILE)),
     "measured": measured,
     "status": status,
     "peers": peers,

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from matrix_steps import COUNTED_WITH, STEPS
 
 from seqconv_triton import cli
 from seqconv_triton.tools import peers
@@ -96,7 +97,7 @@ def test_issued(parts: Anatomy, phases: tuple[float, ...], expected: float) -> N
 PROGRAM = """
 import functools, json, torch
 import seqconv_triton as sct
-from bench.floors import FILE, known
+from bench.floors import DTYPES, FILE, known
 from bench.launched import described, fingerprint
 from bench.results import read_json
 from seqconv_triton.tools import instructions
@@ -119,12 +120,14 @@ found = {}
 for name in ("seqresnet_b42", "seqresnet_b22", "seqresnext_24"):
     model = sct.create_model(name, device="meta")
     for mode in ("eval", "train"):
-        works = model_work(model, (256, 3, 224, 224), torch.bfloat16, mode == "train", "sm_90")
-        kernels = {
-            f"{family} {'×'.join(map(str, tile))}": total(group, GPUS["sm_90"], "sm_90").step_instructions
-            for (family, tile), group in by_kernel(works).items() if any(tile)
-        }
-        found[f"{name} {mode}"] = [total(works, GPUS["sm_90"], "sm_90")._asdict(), kernels]
+        for dtype in DTYPES:
+            gpu = GPUS["sm_90"].in_tf32() if dtype == "float32" else GPUS["sm_90"]
+            works = model_work(model, (256, 3, 224, 224), DTYPES[dtype], mode == "train", "sm_90")
+            kernels = {
+                f"{family} {'×'.join(map(str, tile))}": total(group, gpu, "sm_90").step_instructions
+                for (family, tile), group in by_kernel(works).items() if any(tile)
+            }
+            found[f"{name} {mode} {dtype}"] = [total(works, gpu, "sm_90")._asdict(), kernels]
 print(json.dumps(found))
 """
 
@@ -138,77 +141,6 @@ MODELS = {
     "seqresnext_24 train": (52.0, 1.35, 1260, 42.2),
 }
 
-# Instructions that a warp issues for each product of a tile, all of a program's, averaged over a model's launches of
-# that kernel and tile. A change that costs, or saves, shows here.
-COUNTED_WITH = "3.7"
-STEPS = {
-    "seqresnet_b42 eval": {
-        "convolution 1×1 128×32×64": 354,
-        "convolution 1×1 128×64×64": 195,
-        "convolution 1×1 64×128×64": 78,
-        "convolution 3×3 128×32×32": 134,
-        "convolution 3×3 128×64×64": 248,
-        "convolution 3×3 64×128×64": 190,
-        "convolution tail 128×64×64": 195,
-        "convolution tail 64×128×64": 127,
-    },
-    "seqresnet_b42 train": {
-        "convolution 1×1 128×32×64": 536,
-        "convolution 1×1 128×64×64": 346,
-        "convolution 1×1 64×128×64": 174,
-        "convolution 3×3 128×32×32": 172,
-        "convolution 3×3 128×64×64": 293,
-        "convolution 3×3 64×128×64": 231,
-        "convolution tail 128×64×64": 195,
-        "convolution tail 64×128×64": 127,
-        "pull 1×1 128×32×32": 668,
-        "pull 1×1 64×128×32": 548,
-        "pull 1×1 64×128×64": 382,
-        "pull 1×1 64×64×64": 448,
-        "transposed 3×3 128×32×32": 198,
-        "transposed 3×3 64×128×64": 258,
-        "transposed 3×3 64×64×64": 211,
-        "transposed tail 64×128×64": 276,
-        "transposed tail 64×64×64": 505,
-        "weight gradient 1×1 128×64×64": 291,
-        "weight gradient 3×3 128×32×64": 241,
-        "weight gradient 3×3 128×64×64": 183,
-        "weight gradient tail 128×64×64": 279,
-        "weight gradient tail 64×64×64": 328,
-    },
-    "seqresnext_24 eval": {
-        "convolution 1×1 128×32×64": 244,
-        "convolution 1×1 128×64×64": 162,
-        "convolution 1×1 64×128×64": 113,
-        "convolution 3×3 128×32×32": 131,
-        "convolution 3×3 128×64×64": 244,
-        "convolution tail 128×64×64": 195,
-        "convolution tail 64×128×64": 114,
-    },
-    "seqresnext_24 train": {
-        "convolution 1×1 128×32×64": 392,
-        "convolution 1×1 128×64×64": 228,
-        "convolution 1×1 64×128×64": 161,
-        "convolution 3×3 128×32×32": 168,
-        "convolution 3×3 128×64×64": 292,
-        "convolution tail 128×64×64": 195,
-        "convolution tail 64×128×64": 114,
-        "pull 1×1 128×32×32": 459,
-        "pull 1×1 64×128×32": 324,
-        "pull 1×1 64×128×64": 288,
-        "pull 1×1 64×64×64": 272,
-        "transposed 3×3 128×32×32": 198,
-        "transposed 3×3 64×64×64": 211,
-        "transposed tail 64×128×64": 111,
-        "transposed tail 64×64×64": 505,
-        "weight gradient 1×1 128×64×64": 290,
-        "weight gradient 3×3 128×32×64": 399,
-        "weight gradient 3×3 128×64×64": 183,
-        "weight gradient tail 128×64×64": 294,
-        "weight gradient tail 64×64×64": 376,
-    },
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
@@ -221,11 +153,21 @@ def counted() -> dict[str, Any]:
 @pytest.mark.parametrize("case", MODELS)
 def test_floors_of_models(case: str, counted: dict[str, Any]) -> None:
     floor, times, launches, moved = MODELS[case]
-    total, _ = counted[case]
+    total, _ = counted[f"{case} bfloat16"]
     assert 1e3 * total["floor_seconds"] <= floor
     assert 1 <= total["floor_seconds"] / total["roofline_seconds"] <= times
     assert total["launches"] <= launches
     assert 1e3 * total["bytes_seconds"] <= moved
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_floors_in_other_dtypes(case: str, counted: dict[str, Any]) -> None:
+    """float16 as bfloat16; as TF32, at half the rate of products, float32 may be further from its roofline."""
+    floor, times, launches, moved = MODELS[case]
+    half, whole = (counted[f"{case} {dtype}"][0] for dtype in ("float16", "float32"))
+    assert 1e3 * half["floor_seconds"] <= floor and 1e3 * half["bytes_seconds"] <= moved
+    for total, most in ((half, times), (whole, 1.2 if "eval" in case else 1.45)):
+        assert 1 <= total["floor_seconds"] / total["roofline_seconds"] <= most and total["launches"] <= launches
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -233,7 +175,7 @@ def test_instructions_of_a_matrix_step(case: str, counted: dict[str, Any]) -> No
     """A line that says more or less than 3 % otherwise belongs into the table anew."""
     if triton_version() != COUNTED_WITH:
         pytest.skip(f"counted with Triton {COUNTED_WITH}")
-    _, kernels = counted[case]
+    _, kernels = counted[f"{case} bfloat16"]
     pairs = {name: (STEPS[case].get(name, 0), round(kernels.get(name, 0))) for name in STEPS[case] | kernels}
     assert {name: pair for name, pair in pairs.items() if pair[1] != pytest.approx(pair[0], rel=0.03)} == {}
 

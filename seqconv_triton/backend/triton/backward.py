@@ -145,12 +145,11 @@ class Pass:
         if into is not None:
             norm, identity = self.norms.behind(first)
             table = None if shape.kernel == shape.stride == 1 else pixel_table(shape, d_out)
-            flat = conv_gradient(
+            into.copy_(conv_gradient(
                 d_out[None], repeated(self.raw[:, first:], repeats)[None], shape, into.numel(),
                 norm=padded(norm, identity, repeats), identity=identity, table=table,
                 mask=None if mask is None else repeated(mask, repeats), eps=self.eps,
-            )  # fmt: skip
-            into.copy_(flat.view_as(into))
+            ).view_as(into))  # fmt: skip
         if repeats > 1:
             upstream = upstream.unflatten(1, (repeats, -1)).sum(1)
         return upstream if mask is None else masked_rows(upstream, mask, self.geometry.height * self.geometry.width)
@@ -268,15 +267,13 @@ def weight_gradients(run: Pass) -> None:
     gradients, plan = run.gradients, run.plan
     into = gradients.reduce_weight if plan.bottleneck else gradients.transform_weight
     bits = None if run.table is None else run.table[0]
-    if into is not None:
-        flat = window_gradient(
+    if into is not None:  # no name holds a sum in float32 while the next one is taken
+        into.copy_(window_gradient(
             run.dz, run.raw, run.windows, into.numel(), norm=run.norms.main, identity=run.norms.identity,
             bits=None if plan.bottleneck else bits, mask=run.mask, eps=run.eps,
-        )  # fmt: skip
-        into.copy_(flat.view_as(into))
+        ).view_as(into))  # fmt: skip
     if run.z is not None and gradients.transform_weight is not None and run.norms.all_inner is not None:
         into = gradients.transform_weight
-        flat = conv_gradient(
+        into.copy_(conv_gradient(
             run.dy, run.z, run.geometry.inside, into.numel(), norm=run.norms.all_inner, table=run.table, eps=run.eps
-        )  # fmt: skip
-        into.copy_(flat.view_as(into))
+        ).view_as(into))  # fmt: skip
