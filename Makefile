@@ -1,6 +1,7 @@
 # Every target sets up what it needs in a private virtual environment, .venv; `make` alone lists the targets.
 PYTHON ?= python3
 ARGS ?=
+SHOW ?=
 
 VENV := .venv/bin/python
 READY := .venv/.ready
@@ -18,11 +19,12 @@ endif
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
+	@echo '  SHOW="..."     passed on to the first half of demo:  make demo SHOW="--limit 60"'
 	@echo '  ARGS="..."     passed on to demo, test, slow, emulate, bench or gpu:  make test ARGS="-k plan -x"'
 	@echo '  PYTHON=...     the interpreter that .venv is made with, 3.11 or newer (now: $(PYTHON))'
 
 demo: $(READY) ## Measure B42 beside the concatenating code, then train on handwritten digits; pictures in out/
-	$(VENV) -m bench show
+	$(VENV) -m bench show $(SHOW)
 	$(VENV) -m recipes.demo $(ARGS)
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_the_same_figures_everywhere(
     printed = capfd.readouterr().out
     lines = [showcase.Line(**line) for line in json.loads((tmp_path / "showcase.json").read_text())["lines"]]
     assert [line for line in lines if str(line) not in printed] == []
+    (distance,) = re.findall(r"logits, relative distance to theirs +(\S+)", printed)
+    assert 0 < float(distance) < 1e-5
     assert {line.unit for line in lines} == {"s", "bytes"} and all(line.ours > 0 for line in lines)
     assert [(line.name, line.theirs) for line in lines if line.given_up] == [("torch.compile, caches empty", 0.01)]
     kept = lines[-1]
