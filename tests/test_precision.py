@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error, everything, randomise
+from helpers import error, everything, randomise, small_imagenet
 from torch import Tensor, nn
 
 import seqconv_triton as sct
@@ -77,6 +77,28 @@ def test_evaluation_in_float32_is_rounded_once_a_stage(
     half = (model if pack is None else sct.fuse(model, pack=pack)).to(dtype)
     x = torch.randn(3, 12, 7, 5).to(dtype)
     assert torch.equal(half(x), copy.deepcopy(half).float()(x.float()).to(dtype))
+
+
+@facility("sct.fuse(model).bfloat16() on a CPU: BN folded, as near to float64 as unfused")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("pack", [False, True], ids=["fused", "packed"])
+@pytest.mark.parametrize("under_autocast", [False, True], ids=["cast", "autocast"])
+def test_fused_evaluation(
+    pack: bool, dtype: torch.dtype, under_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are rounded once more, raw outputs on their way to BN no longer."""
+    monkeypatch.setattr(precision, "fast_in", lambda _: True)
+    model = randomise(small_imagenet(), layer_b=0.1).eval()
+    x = torch.randn(4, 3, 32, 32)
+    exact = copy.deepcopy(model).double()(x.double())
+    errors = []
+    for half in (model, sct.fuse(model, pack=pack)):
+        with torch.autocast("cpu", dtype, enabled=under_autocast), torch.no_grad():
+            got = half(x) if under_autocast else copy.deepcopy(half).to(dtype)(x.to(dtype))
+        assert got.dtype == dtype
+        errors.append(error(got, exact))
+    plain, fused = errors
+    assert fused < 1.25 * plain < (0.02 if dtype == torch.bfloat16 else 0.0025), errors
 
 
 @facility("GradScaler: scaled float16 steps, and a step with infinities is skipped")

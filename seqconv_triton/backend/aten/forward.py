@@ -35,8 +35,9 @@ def forward(
     as_given = stage
     if (dtype := working_dtype(x)) != x.dtype:  # outputs are rounded as they are written
         x, stage = x.to(dtype), stage._replace(convs=cast(stage.convs, dtype))
-    if outputs.statistics is None and not keep and x.dtype in (torch.float32, torch.float64):
-        # Half precisions keep BN apart: folding would round its scale.
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    # Half precisions keep BN apart, unless `fuse` has folded it: folding would round its scale.
+    if outputs.statistics is None and not keep and (stage.statistics == "folded" or not half):
         _evaluate(x, shortcut, stage, outputs.out, packs=stage is as_given)
         return outputs
     groups = Groups(stage, x, outputs.z)
