@@ -95,7 +95,7 @@ class Field:
         participant = self.where.start(label, turn)
         try:
             facts, found = participant.first()
-            error = expected.check(check.joined(found), self.case.dtype)
+            error = expected.check(check.joined(found), check.precision_of(self.case, self.device))
         except BaseException:
             participant.close()
             raise

@@ -30,6 +30,7 @@ Timer = Callable[[Callable[[], object]], Sequence[float]]
 GAIN = 0.97
 # Relative RMS error: of a configuration's results, and of a stage's beyond twice that of the aten backend.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+STAGE_IN_TF32 = 5e-3  # a stage's on a GPU: our products cut operands short where cuDNN's may round them
 BLIND = 0.5  # never more than this: zeros are off by 1
 # Of a BN's bias: near ReLU's corner, rounding turns single gradients on or off; where a channel never meets it, the sum
 # of its gradients in front of the next BN is nothing but rounding, and no two tiles agree on that.
@@ -166,8 +167,9 @@ def check(stage: PackedSeqConv, x: Tensor, dtype: torch.dtype) -> str:
         raise
     except Exception as error:  # a compiler's, a driver's: the other stages are still tuned
         return type(error).__name__
+    beyond = STAGE_IN_TF32 if dtype == torch.float32 and x.is_cuda else TOLERANCE[dtype]
     for name, value in exact.items():
-        allowed = min(2 * _relative_error(plain[name], value) + TOLERANCE[dtype], BLIND)
+        allowed = min(2 * _relative_error(plain[name], value) + beyond, BLIND)
         if not (off := _relative_error(got[name], value)) <= allowed:
             return f"{name} of its stage is off by {off:.0e} (allowed: {allowed:.0e})"
     return ""
