@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqconv_triton.backend.aten.packed import packable, packed, packed_convolution
-from seqconv_triton.backend.aten.parts import Images, convolution, pixels, pointwise
+from seqconv_triton.backend.aten.packed import packed, packed_convolution
+from seqconv_triton.backend.aten.parts import Images, convolution, onednn_takes, pixels, pointwise
 from seqconv_triton.backend.aten.ring import ring_of
 from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding, GroupWeights
@@ -41,7 +41,7 @@ class FoldedGroups:
         self.plan = plan = stage.plan
         self.subgroups = plan.subgroups if plan.bottleneck else 1
         self.folding = Folding(stage, x.dtype, added, ring_of(plan).place)
-        if packs and self.folding.done and not added and packable(x):
+        if packs and self.folding.done and not added and onednn_takes(x):
             self.weights = packed(stage, self.folding, x)
         else:
             folded = self.folding.group

@@ -25,15 +25,6 @@ MARK = "_seqconv_triton_stays"
 _remembered = WeakIdKeyDictionary()  # storage of a 3×3 weight → by offset: what it counts for, and the packed groups
 
 
-def packable(x: Tensor) -> bool:
-    """Whether oneDNN has convs for what lies here."""
-    if not x.is_cpu or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype == torch.float32
-
-
 def packed(stage: StageArguments, folding: Folding, x: Tensor) -> Callable[[int], GroupWeights]:
     """The groups of `folding`, packed for images like `x`; once for the same weights, other images are only slower."""
     main, inner = stage.norms
