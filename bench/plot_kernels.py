@@ -14,10 +14,11 @@ OURS, REFERENCE = ("#0072b2", "o"), ("#d55e00", "s")
 
 
 def plain_ticks(axis: Any) -> None:
-    """Numbers instead of powers of ten on a logarithmic axis, at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Numbers instead of powers of ten on a logarithmic axis, at 1, 2 and 5; more where those would be few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -21,15 +21,17 @@ def main(folder: Path = FOLDER) -> Path:
             cell(axes, c, y, colour)
         if group.residual_start is not None:
             frame(axes, group.residual_start, y)
-        layer = "layer A" if j < 4 else "layer B"
-        axes.text(-0.25, y + 0.41, f"group {j} ({layer})", ha="right", va="center", fontsize=9)
+        layer = "A" if j < 4 else "B"
+        axes.text(-0.25, y + 0.41, f"layer {layer}, group {j % 4}", ha="right", va="center", fontsize=9)
     for c in range(plan.total_channels):
         label = f"x$_{c}$" if c < plan.in_channels else f"y$_{c - plan.in_channels}$"
         axes.text(c + 0.5, 1.05, label, ha="center", va="bottom", fontsize=10)
-    entries = {"the window it reads": WINDOW, "the k channels it writes": WRITTEN, "raw shortcut it adds": SHORTCUT}
-    legend(
-        axes, entries, ("raw shortcut it adds",), loc="lower left", bbox_to_anchor=(0.0, -0.16), ncols=3
-    )  # fmt: skip
+    added = "raw shortcut it adds"
+    entries = {
+        "the window it reads": WINDOW, "the block's input x": INPUT, "the k channels it writes": WRITTEN,
+        "what groups wrote before, y": OLDER, added: SHORTCUT,
+    }  # fmt: skip
+    legend(axes, entries, (added,), loc="lower left", bbox_to_anchor=(0.0, -0.26), ncols=3)
     axes.set_xlim(-2.6, plan.total_channels + 0.1)
     axes.set_ylim(-len(plan.groups) + 0.9, 1.7)
     return save(figure, folder / "window.svg")
