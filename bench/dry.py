@@ -30,7 +30,7 @@ def case_lines(case: Case, gpu: Gpu, architecture: str | None) -> Iterable[str]:
 def line(name: str, part: str, works: list[Work], ceilings: Ceilings, architecture: str | None) -> str:
     seconds = predicted(works, ceilings, architecture)
     times = [f"{milliseconds(seconds[key])} ms" if (key := f"{what}_seconds") in seconds else "" for what in COLUMNS]
-    return f"{name:<76}{part:<22}{len(works):>9}{''.join(f'{time:>13}' for time in times)}  not measured"
+    return f"{name:<80}{part:<22}{len(works):>9}{''.join(f'{time:>13}' for time in times)}  not measured"
 
 
 def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
@@ -43,7 +43,7 @@ def dry_run(cases: Sequence[Case], architecture: str | None = None) -> int:
         known(architecture)
     gpu = GPUS.get(architecture or "sm_90", GPUS["sm_90"])
     print(f"ceilings assumed: {gpu}; stages only, no stem, no classifier")
-    print(f"{'case':<76}{'part':<22}{'launches':>9}{''.join(f'{what:>13}' for what in COLUMNS)}  measured")
+    print(f"{'case':<80}{'part':<22}{'launches':>9}{''.join(f'{what:>13}' for what in COLUMNS)}  measured")
     seen: set[tuple[object, ...]] = set()
     for case in cases:
         key = (case.subject, case.training, case.batch, case.dtype)
