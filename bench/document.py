@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import bounds, compilation, compiled, floors, halves, launches
-from bench import summary as first
 from bench.cases import FIRST
 from bench.results import FOLDER, Row, load, read_json
+from bench.summary import again, faster, networks, side_by_side
 from bench.tables import cases_of, goals_table, losses, machine, peers_table, processor_of, ratio_table, times
 from seqconv_triton.tools.ceilings import GPUS
 
@@ -151,7 +151,7 @@ def summary() -> str:
         return "Not measured yet: `make bench` writes this part.\n"
     full = results("cpu-full")
     found = [*runs, *([full] if full else [])]
-    parts = [goals_table(*found), first.again(runs_of("cpu-bf16")), first.networks(runs), *map(failures, runs)]
+    parts = [goals_table(*found), again(runs_of("cpu-bf16")), networks(runs), *map(failures, runs)]
     return "\n".join(filter(None, parts))
 
 
@@ -159,14 +159,14 @@ def bfloat16() -> str:
     runs = runs_of("cpu-bf16")
     if not runs:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    return "\n".join(filter(None, [goals_table(*runs), first.halves(runs), *map(failures, runs)]))
+    return "\n".join(filter(None, [goals_table(*runs), side_by_side(runs), *map(failures, runs)]))
 
 
 def lost() -> str:
     """What is faster than ours in any CPU run, and what those runs were."""
     full = results("cpu-full")
     runs = [*runs_of("cpu"), *runs_of("cpu-bf16"), *([full] if full else [])]
-    return "\n".join([first.faster(runs), *(f"{caption(run)}\n" for run in runs)])
+    return "\n".join([faster(runs), *(f"{caption(run)}\n" for run in runs)])
 
 
 def all_halves() -> str:

@@ -66,7 +66,7 @@ def again(runs: Sequence[Contents]) -> str:
     )
 
 
-def halves(runs: Sequence[Contents]) -> str:
+def side_by_side(runs: Sequence[Contents]) -> str:
     """Everyone's float32 and bfloat16 times, and how many times as fast the second is."""
     lines = [f"| float32 → bfloat16 | batch | {heads(runs)} |", "| --- " * (len(runs) + 2) + "|"]
     for case in dict.fromkeys(case for run in runs for case in in_bfloat16(run)):
@@ -88,22 +88,23 @@ def halved(whole: float, half: float) -> str:
 
 
 def faster(runs: Sequence[Contents]) -> str:
-    """Whatever evaluates or trains faster than our network in our fastest form: a line each, over all runs."""
+    """What evaluates or trains faster than our network in our fastest form, in some run: a line each, over all runs."""
     ratios: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
-        for key, ratio in lost(run):
+        for key, ratio in against(run):
             ratios.setdefault(key, []).append(ratio)
     others = {row["contender"].split()[0] for run in runs for row in run["rows"] if is_peer(row)}
     lines = [
         f"- {who}, {what}: {span(found)} times as fast as {subject}"
         for (subject, what, who), found in sorted(ratios.items(), key=lambda entry: entry[0])
+        if max(found) > 1
     ]
     compared = f"Compared with the concatenating code and {', '.join(sorted(others)) or 'no other network'}."
     return "\n".join([compared, "", *(lines or ["- nothing is faster than ours"])]) + "\n"
 
 
-def lost(run: Contents) -> Iterator[tuple[tuple[str, ...], float]]:
-    """(subject, case in words, who) and by how much, of one run."""
+def against(run: Contents) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(subject, case in words, who) and how many times as fast as ours, of one run."""
     for among, theirs in ((cases_of(run), False), (with_peers(run), True)):
         for (subject, part, batch, dtype), rows in among.items():
             own = fastest(rows, "ours")
@@ -111,9 +112,8 @@ def lost(run: Contents) -> Iterator[tuple[tuple[str, ...], float]]:
                 row["contender"].split()[0] for row in rows.values() if not is_ours(row) and is_peer(row) == theirs
             }
             for who in others if subject in MODELS and part in PARTS and own < float("inf") else ():
-                if (time := fastest(rows, who)) < own:
-                    name = "the concatenating code" if who == "reference" else who
-                    yield (subject, f"{PARTS[part]}, batch {batch}, {dtype}", name), own / time
+                name = "the concatenating code" if who == "reference" else who
+                yield (subject, f"{PARTS[part]}, batch {batch}, {dtype}", name), own / fastest(rows, who)
 
 
 def span(values: Sequence[float]) -> str:

@@ -25,8 +25,8 @@ for name, item in found.items():
 """
 SHUFFLE = re.compile(r"(?:ds_bpermute_b32|ds_swizzle_b32|v_mov_b32_dpp|v_permlane\w+) (v\d+), (?:v\d+, )?(v\d+)")
 FMA = re.compile(r"v_fmac?_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)(?:, (v\d+))?")
-PAIRED = re.compile(r"v_pk_(mul|fma)_f32 (.*)")
-PAIR = re.compile(r"([vs])\[(\d+):\d+\]")
+PAIRED = re.compile(r"v_pk_(mul|fma)_f32 ([^ ]+(?:, [^ ]+)+)")
+REGISTERS = re.compile(r"([vs])\[(\d+):(\d+)\]")
 PRODUCT = re.compile(r"v_mul_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)")
 
 
@@ -55,38 +55,50 @@ def undrained(text: str) -> list[str]:
 def scalar(line: str) -> list[str]:
     """An instruction on pairs of registers as two on single ones, any other as it is.
 
-    `op_sel` names the halves that the first one reads, `op_sel_hi` those of the second one.
+    `op_sel` names the halves that the first one reads, `op_sel_hi` those of the second one; a constant has no halves.
     """
     paired = PAIRED.match(line)
     if paired is None:
         return [line]
-    operands = [(kind, int(first)) for kind, first in PAIR.findall(paired[2])]
+    target, *sources = (REGISTERS.fullmatch(operand) or operand for operand in paired[2].split(", "))
     found = []
     for half, option in enumerate(("op_sel", "op_sel_hi")):
-        chosen = re.search(rf"\b{option}:\[([\d,]+)\]", paired[2])
-        halves = [half, *(map(int, chosen[1].split(",")) if chosen else [half] * (len(operands) - 1))]
-        names = [f"{kind}{first + h}" for (kind, first), h in zip(operands, halves, strict=True)]
+        chosen = re.search(rf"\b{option}:\[([\d,]+)\]", line)
+        halves = map(int, chosen[1].split(",")) if chosen else [half] * len(sources)
+        pairs = [(target, half), *zip(sources, halves, strict=True)]
+        names = [text if isinstance(text, str) else f"{text[1]}{int(text[2]) + h}" for text, h in pairs]
         found.append(f"v_{paired[1]}_f32 {', '.join(names)}")
     return found
 
 
+def written(line: str) -> list[str]:
+    """The vector registers that an instruction writes."""
+    if found := re.match(r"\w+ (v\d+),", line):
+        return [found[1]]
+    if found := re.match(r"\w+ v\[(\d+):(\d+)\],", line):
+        return [f"v{number}" for number in range(int(found[1]), int(found[2]) + 1)]
+    return []
+
+
 def contracted(text: str) -> list[str]:
     """FMAs a·b + s in which s is another lane's a·b, which was rounded: the two lanes' sums differ."""
-    shuffled: dict[str, str] = {}
+    shuffled: dict[str, frozenset[str]] = {}
     products: dict[str, frozenset[str]] = {}
     found = []
-    for line in (single for written in text.splitlines() for single in scalar(written.strip())):
+    for line in (single for whole in text.splitlines() for single in scalar(whole.strip())):
         if fma := FMA.match(line):
             target, a, b, addend = fma.groups()
-            if products.get(shuffled.get(addend or target, "")) == frozenset((a, b)):
+            if shuffled.get(addend or target) == frozenset((a, b)):
                 found.append(line)
-        if written := re.match(r"\w+ (v\d+),", line):
-            shuffled.pop(written[1], None)
-            products.pop(written[1], None)
+        shuffle = SHUFFLE.match(line)
+        passed_on = products.get(shuffle[2]) if shuffle else None
+        for register in written(line):
+            shuffled.pop(register, None)
+            products.pop(register, None)
         if product := PRODUCT.match(line):
             products[product[1]] = frozenset(product.groups()[1:])
-        if shuffle := SHUFFLE.match(line):
-            shuffled[shuffle[1]] = shuffle[2]
+        if shuffle and passed_on is not None:
+            shuffled[shuffle[1]] = passed_on
     return found
 
 
@@ -118,6 +130,12 @@ def test_the_reader_sees_what_it_is_for() -> None:
     lines = ["v_mul_f32_e32 v3, v1, v2", "v_mov_b32_dpp v4, v3 row_shl:1 row_mask:0xf", "v_fma_f32 v5, v2, v1, v4"]
     assert contracted("\n".join(lines)) == lines[2:]
     assert not contracted("\n".join([lines[0], "v_add_f32_e32 v3, v3, v9", *lines[1:]]))
+    assert contracted("\n".join([*lines[:2], "v_add_f32_e32 v3, v3, v9", lines[2]])) == lines[2:]
+    assert not contracted("\n".join([*lines[:2], "global_load_dwordx2 v[4:5], v[8:9], off", lines[2]]))
+    assert scalar("v_pk_mul_f32 v[0:1], v[2:3], 0.5 op_sel_hi:[1,0]") == [
+        "v_mul_f32 v0, v2, 0.5",
+        "v_mul_f32 v1, v3, 0.5",
+    ]
     pairs = ["v_pk_mul_f32 v[2:3], v[10:11], v[20:21] op_sel_hi:[1,0]", lines[1]]
     assert contracted("\n".join([*pairs, "v_fma_f32 v5, v20, v11, v4"]))
     assert not contracted("\n".join([*pairs, "v_fma_f32 v5, v21, v11, v4"]))

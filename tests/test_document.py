@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from result_rows import contents, row
 
-from bench import compilation, document, floors, goals, halves, summary, tables
+from bench import compilation, document, floors, goals, halves, tables
 from bench.plot_kernels import slope
 
 # A figure that somebody measured: a time, a size, a rate, a ratio.
@@ -39,19 +39,6 @@ def test_a_touched_figure_is_noticed() -> None:
     assert number is not None
     touched = text.replace(number.group(0), "1 ms")
     assert touched != text and document.rewritten(touched) == text
-
-
-def row(subject: str, part: str, batch: int, contender: str, seconds: float, **more: Any) -> dict[str, Any]:
-    return {
-        "subject": subject, "part": part, "batch": batch, "dtype": "bfloat16", "contender": contender,
-        "seconds": [seconds] * 3, "median": seconds, "lower": seconds, "upper": seconds, **more,
-    }  # fmt: skip
-
-
-def contents(*rows: dict[str, Any]) -> dict[str, Any]:
-    source = {"gpu": "a GPU", "torch": "2", "date": "today", "revision": "r"}
-    ceilings = {"bytes_per_second": 4e12, "operations_per_second": 8e14}
-    return {"format": 2, "provenance": source, "rows": list(rows), "notes": ["a note"], "ceilings": ceilings}
 
 
 def test_goals_without_a_measurement() -> None:
@@ -229,35 +216,6 @@ def test_memory_is_compared_like_with_like() -> None:
         "- m, eval, batch 1: reference fused needs 25.0% less memory",
         "- m, eval, batch 1: reference compiled needs 10.0% less memory",
     ]
-
-
-def test_runs_stand_side_by_side() -> None:
-    """One column a run, bold is the faster side, and what is faster is told once, over all runs."""
-    b42, source = "seqresnet_b42", {"processor": "A chip", "date": "today"}
-    runs = [
-        contents(
-            row(b42, "eval", 8, "ours eager", ours, peak_bytes=2**24),
-            row(b42, "eval", 8, "reference eager", 0.2, peak_bytes=2**25),
-            row(b42, "eval", 8, "resnet50 eager", 0.1, version="timm 1"),
-            row(b42, "forward", 8, "resnet50 eager", 0.1, version="timm 1"),
-        )
-        | {"provenance": source}
-        for ours in (0.15, 0.3)
-    ]
-    assert summary.networks(runs).splitlines()[2:] == [
-        "| seqresnet_b42, evaluation | 8 | 200 → **150 ms** | **200** → 300 ms | 32 MiB → 16 MiB |  |"
-    ]
-    assert summary.faster(runs).splitlines() == [
-        "Compared with the concatenating code and resnet50.",
-        "",
-        "- resnet50, evaluation, batch 8, bfloat16: 1.50 to 3.00 times as fast as seqresnet_b42",
-        "- the concatenating code, evaluation, batch 8, bfloat16: 1.50 times as fast as seqresnet_b42",
-    ]
-    found = [r | {"dtype": "float32"} for r in runs[0]["rows"]]
-    assert "- A chip, today: seqresnet_b42, evaluation, batch 8 1.33 ×" in summary.again([runs[0] | {"rows": found}])
-    assert summary.again(runs) == ""
-    both = [runs[0] | {"rows": [*runs[0]["rows"], *(r | {"median": 2 * r["median"]} for r in found)]}]
-    assert "| **seqresnet_b42, ours**, evaluation | 8 | 300 → 150 ms, 2.00 × |" in summary.halves(both)
 
 
 def test_peers_stand_beside_us_with_their_versions() -> None:

@@ -121,6 +121,16 @@ def test_dropout_without_batch_statistics(name: str) -> None:
         assert same(twin, model, x)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_traced_layer_in_a_network_of_another_mode(training: bool) -> None:
+    inner = fx.symbolic_trace(randomise(layer()).double()).train(training)
+    network = nn.Sequential(inner, nn.Conv2d(12, 5, 3).double()).train(not training)
+    inner.train(training)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for twin in (fx.symbolic_trace(network), fx.symbolic_trace(fx.symbolic_trace(network))):
+        assert same(twin, network, x)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_fused_models(pack: bool) -> None:
     model = randomise(small_imagenet(), layer_b=0.3).eval()

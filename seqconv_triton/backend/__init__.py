@@ -1,7 +1,7 @@
 """The backends, one contract, and the switch between them.
 
 `contract.py` says what a backend computes: `reference` is plain differentiable PyTorch, the specification, and what
-supports double backward; the others are modules with `forward` and `backward`, one registered op each.
+supports double backward; the others are a `forward` and a `backward`, one registered op each.
 
 The folder is not called `backends`: torch.compile refuses to trace any file whose path contains "triton/backends".
 """

@@ -35,8 +35,8 @@ def leaf(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
 def _node(tracer: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     owner = args[0]
-    if isinstance(owner, Shell):  # also when what was traced is traced again: the mode stays the root's, not a constant
-        kwargs["training"] = tracer.create_proxy("get_attr", "training", (), {})
+    if isinstance(owner, Shell):  # also when what was traced is traced again, as a part of another network
+        kwargs["training"] = tracer.create_proxy("get_attr", f"{_prefix(tracer, owner, kwargs)}training", (), {})
     if not isinstance(owner, nn.Module):
         return tracer.create_proxy("call_function", function, args, kwargs)
     name, path, inputs = function.__name__, tracer.path_of_module(owner), args[1:]
@@ -46,6 +46,17 @@ def _node(tracer: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     if name == "forward" and not (owner._forward_hooks or owner._forward_pre_hooks):
         return tracer.create_proxy("call_module", path, inputs, kwargs)
     return tracer.create_proxy("call_method", name, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
+
+
+def _prefix(tracer: Any, shell: Shell, parts: dict[str, Any]) -> str:
+    """Where the module lies whose parts these are: "" for the root, "backbone.0." for a part of it."""
+    for name in shell.parts:
+        part = parts[name]
+        if isinstance(part, fx.Proxy) and part.node.op == "get_attr":
+            return str(part.node.target).removesuffix(name)
+        if isinstance(part, nn.Module):
+            return str(tracer.path_of_module(part)).removesuffix(name)
+    return ""
 
 
 class Shell(metaclass=ProxyableClassMeta):

@@ -131,7 +131,8 @@ def stages() -> Iterator[Case]:
 
 def wide() -> Iterator[Case]:
     """Groups and tails as wide as in the ImageNet networks, on few pixels: their kernels' very configurations."""
-    yield wide_stage("wide-c128-k32", 128, 32, 4, Tail(128, 3, 2, 2))
+    # On four pixels its batch statistics lose bfloat16 more than is allowed, in the plain equations too.
+    yield wide_stage("wide-c128-k32", 128, 32, 4, Tail(128, 3, 2, 2), size=3)
     yield wide_stage("wide-c256-k32-s8", 256, 32, 4, Tail(256, 3, 2, 32), subgroups=8)
     yield wide_stage("wide-c256-k32-s8-alone", 256, 32, 1, None, subgroups=8)
     yield wide_stage("wide-c256-k64", 256, 64, 2, Tail(256, 3, 2, 4))
@@ -141,10 +142,12 @@ def wide() -> Iterator[Case]:
     yield wide_stage("wide-c2048-k128-s8", 2048, 128, 2, Tail(2048, 1), subgroups=8)
 
 
-def wide_stage(name: str, channels: int, k: int, groups: int, tail: Tail | None, subgroups: int = 1) -> Case:
+def wide_stage(
+    name: str, channels: int, k: int, groups: int, tail: Tail | None, subgroups: int = 1, size: int = 2
+) -> Case:  # fmt: skip
     """A few groups alone, and a tail over the last channels."""
     read = channels if tail is None or tail.kernel_size == 1 else tail.out_channels
-    return stage(name, Plan((Layer(channels, groups * k),), k, True, subgroups, read, True, tail), (1, 2, 2))
+    return stage(name, Plan((Layer(channels, groups * k),), k, True, subgroups, read, True, tail), (1, size, size))
 
 
 CASES = {case.name: case for case in (*layers(), *stages(), *wide())}

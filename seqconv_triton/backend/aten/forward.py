@@ -35,9 +35,10 @@ def forward(
     as_given = stage
     if (dtype := working_dtype(x)) != x.dtype:  # outputs are rounded as they are written
         x, stage = x.to(dtype), stage._replace(convs=cast(stage.convs, dtype))
+    # Half precisions keep BN apart: folding rounds weights once more. Those that `fuse` has folded are rounded already.
     half = x.dtype in (torch.bfloat16, torch.float16)
-    # Half precisions keep BN apart, unless `fuse` has folded it: folding would round its scale.
-    if outputs.statistics is None and not keep and (stage.statistics == "folded" or not half):
+    folds = (stage.statistics == "folded" and x.is_cpu) or not half
+    if outputs.statistics is None and not keep and folds:
         _evaluate(x, shortcut, stage, outputs.out, packs=stage is as_given)
         return outputs
     groups = Groups(stage, x, outputs.z)
