@@ -25,7 +25,7 @@ for name, item in found.items():
 """
 SHUFFLE = re.compile(r"(?:ds_bpermute_b32|ds_swizzle_b32|v_mov_b32_dpp|v_permlane\w+) (v\d+), (?:v\d+, )?(v\d+)")
 FMA = re.compile(r"v_fmac?_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)(?:, (v\d+))?")
-PAIRED = re.compile(r"v_pk_(mul|fma)_f32 ([^ ]+(?:, [^ ]+)+)")
+PAIRED = re.compile(r"v_pk_(mul|fma)_f32 ([^ ,]+(?:, [^ ,]+)+)")
 REGISTERS = re.compile(r"([vs])\[(\d+):(\d+)\]")
 PRODUCT = re.compile(r"v_mul_f32(?:_e\d+)? (v\d+), (v\d+), (v\d+)")
 
