@@ -116,10 +116,14 @@ def executed(found: Contents) -> str:
     )
     kinds = ("races", "misaligned", "out of bounds", "other errors")
     races, misaligned, stray, other = (sum(group[kind] for group in found["groups"]) for kind in kinds)
+    wrong, missing = len(found["complaints"]), found["tasks"] - found["finished"]
+    others = f"{other} other errors" + (f", {wrong} tasks with complaints" if wrong else "")
+    if missing:
+        others += f", {missing} of {found['tasks']} tasks not run"
     return (
         f"Their compiled code was executed on a CPU instead, thread by thread: {launches:,} launches, {instructions:,} "
-        f"warp instructions, {races} races, {misaligned} misaligned accesses, {stray} out of bounds, {other} other "
-        f"errors ({found['date']}). "
+        f"warp instructions, {races} races, {misaligned} misaligned accesses, {stray} out of bounds, {others} "
+        f"({found['date']}). "
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from result_rows import contents, row
 
-from bench import summary
+from bench import document, summary
 
 
 def test_runs_stand_side_by_side() -> None:
@@ -35,3 +35,13 @@ def test_runs_stand_side_by_side() -> None:
     assert summary.again(runs) == ""
     both = [runs[0] | {"rows": [*runs[0]["rows"], *(r | {"median": 2 * r["median"]} for r in found)]}]
     assert "| **seqresnet_b42, ours**, evaluation | 8 | 300 → 150 ms, 2.00 × |" in summary.side_by_side(both)
+
+
+def test_what_was_executed_is_told_with_its_faults() -> None:
+    group = {"launches": 2, "instructions": 1000, "races": 1, "misaligned": 0, "out of bounds": 0, "other errors": 0}
+    read = {"kernels_read": 5, "races": 0, "misaligned": 0, "out of bounds": 0, "other errors": 0}
+    found = {"groups": [group, group, read], "complaints": [], "finished": 3, "tasks": 3, "date": "today"}
+    text = document.executed(found)
+    assert "4 launches, 2,000 warp instructions, 2 races, " in text and "0 other errors (today). " in text
+    text = document.executed(found | {"complaints": ["a"], "tasks": 5})
+    assert "0 other errors, 1 tasks with complaints, 2 of 5 tasks not run (today)" in text
