@@ -181,6 +181,22 @@ class Plan:
         return len({group.window_width for group in self.groups}) == 1
 
     @cached_property
+    def widest_window(self) -> int:
+        """Channels of the widest one."""
+        return max(group.window_width for group in self.groups)
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """First buffer channel of every group."""
+        return tuple(self.slot(j) for j in range(len(self.groups)))
+
+    @cached_property
+    def awaited_slots(self) -> tuple[int, ...]:
+        """Those of the groups whose raw output a later shortcut adds."""
+        awaited = {group.residual_start for group in self.groups}
+        return tuple(c for c in self.slots if c in awaited)
+
+    @cached_property
     def window_offsets(self) -> tuple[int, ...]:
         """Where each group's window begins when all windows are laid end to end; the last entry is the total."""
         offsets = [0]

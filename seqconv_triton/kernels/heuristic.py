@@ -156,6 +156,7 @@ def channel_tile(channels: int, group: int, most: int = 128) -> int:
     return min(most, group)
 
 
+@lru_cache(maxsize=1024)
 def packing_factor(groups: int, group_in: int, group_out: int) -> int:
     """How many neighbouring conv groups are laid out as one block-diagonal group: up to 64 channels, or all.
 

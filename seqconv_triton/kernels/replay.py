@@ -2,7 +2,8 @@
 
 A pass over a stage launches the same kernels with the same numbers whenever its tensors have the same shapes; only the
 addresses differ. The first time the launches are noted: the compiled kernels, and every address as an offset into one
-of the pass's tensors. After that they are handed to the driver directly.
+of the pass's tensors. After that they are handed to the driver directly. An allocator that caches gives the same blocks
+step after step, so that arguments are put together anew only where an address has changed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from seqconv_triton.kernels.configs import pinned
 MOST = 256  # programs that are remembered
 
 Places = tuple[tuple[int, int, int], ...]
+Ready = tuple[Callable[..., None], int, int, int, Any, Any, list[Any]]  # launcher, grid, function, metadata, arguments
 
 
 class Entry(NamedTuple):
@@ -35,8 +37,31 @@ class Entry(NamedTuple):
     places: Places
 
 
-_programs: OrderedDict[Hashable, list[Entry] | None] = OrderedDict()  # None: cannot be replayed
-_UNKNOWN: list[Entry] = []
+class Program:
+    """The launches of a pass, and their arguments at the addresses where its tensors were the last time."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.last: tuple[list[int], list[Ready]] = ([], [])
+
+    def at(self, addresses: list[int]) -> list[Ready]:
+        """The launches for tensors at these addresses."""
+        known, ready = self.last  # at once: another thread may put its own there
+        if known != addresses:
+            ready = [self._ready(entry, addresses) for entry in self.entries]
+            self.last = addresses, ready
+        return ready
+
+    @staticmethod
+    def _ready(entry: Entry, addresses: list[int]) -> Ready:
+        arguments = entry.arguments.copy()
+        for position, tensor, offset in entry.places:
+            arguments[position] = addresses[tensor] + offset
+        return entry.run, *entry.grid, entry.function, entry.metadata, arguments
+
+
+_programs: OrderedDict[Hashable, Program | None] = OrderedDict()  # None: cannot be replayed
+_UNKNOWN = Program([])
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
@@ -67,12 +92,9 @@ def replayed(name: Hashable, memory: tuple[Any, ...], launches: Callable[[], Non
     if program is None:
         launches()
         return
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    stream = triton.runtime.driver.active.get_current_stream(triton.runtime.driver.active.get_current_device())
-    for run, (x, y, z), function, metadata, template, places in program:
-        arguments = template.copy()
-        for position, tensor, offset in places:
-            arguments[position] = addresses[tensor] + offset
+    driver = triton.runtime.driver.active
+    stream = driver.get_current_stream(driver.get_current_device())
+    for run, x, y, z, function, metadata, arguments in program.at([tensor.data_ptr() for tensor in tensors]):
         run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
 
@@ -87,7 +109,7 @@ def _signature(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
-def _noted(tensors: list[Tensor], launches: Callable[[], None]) -> list[Entry] | None:
+def _noted(tensors: list[Tensor], launches: Callable[[], None]) -> Program | None:
     """Launch, and note it; None where an address lies in none of the tensors, or in several."""
     spans = [(t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors]
     ordered = sorted(span for span in spans if span[0] < span[1])
@@ -112,7 +134,7 @@ def _noted(tensors: list[Tensor], launches: Callable[[], None]) -> list[Entry] |
 
     with launch.note(note):
         launches()
-    return entries if complete else None
+    return Program(entries) if complete else None
 
 
 def _extent(tensor: Tensor) -> int:

@@ -39,7 +39,6 @@ from seqconv_triton.kernels.pull import NewestGradient, pull
 from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.transposed import transposed
 from seqconv_triton.kernels.weight_gradient import conv_gradient, window_gradient
-from seqconv_triton.plan_text import encode
 
 
 class Pass:
@@ -115,7 +114,7 @@ class Pass:
         activated = self.raw.new_empty((geometry.pixels, plan.total_channels))
         z = self.raw.new_empty((len(plan.groups), geometry.pixels, plan.group_width))
         memory = self.raw, activated, z, self.mask, self.stage.convs.reduce, self.stage.norms
-        name = "z", encode(plan), geometry.batch, geometry.height, self.stage.statistics, self.eps, self.mask is None
+        name = "z", plan, geometry.batch, geometry.height, self.stage.statistics, self.eps, self.mask is None
         replayed(name, memory, lambda: self._compute_z(activated, z))
         return z
 
@@ -184,7 +183,7 @@ def backward(
         through_groups(run)
     else:
         present = [t is not None for t in (d_out, d_buffer, stage.mask)]
-        name = "backward", encode(stage.plan), run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
+        name = "backward", stage.plan, run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
         replayed((*name, *present), run.memory, lambda: through_groups(run))
     to_input(run, run.newest(0) if stage.plan.bottleneck else None)
     if run.gradients.shortcut is not None:

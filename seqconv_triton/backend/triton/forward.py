@@ -35,7 +35,6 @@ from seqconv_triton.kernels.elementwise import activate
 from seqconv_triton.kernels.launch import ConvShape, Scratch
 from seqconv_triton.kernels.replay import replayed
 from seqconv_triton.kernels.statistics import input_statistics
-from seqconv_triton.plan_text import encode
 
 
 class Pass:
@@ -70,7 +69,7 @@ class Pass:
         if self.outputs.buffer is not None:
             self.buffer = rows(self.outputs.buffer)
         else:  # where a BN's statistics are to come for all channels, else for what shortcuts will add
-            raw = plan.total_channels if self.batch else len(self._raw_places) * k
+            raw = plan.total_channels if self.batch else len(plan.awaited_slots) * k
             self.buffer = x.new_empty((pixels, raw))
         self.z = self.activated_z = None
         if plan.bottleneck:
@@ -81,18 +80,10 @@ class Pass:
                 self.z = x.new_empty((1, pixels, k)).expand(len(plan.groups), -1, -1)
 
     @cached_property
-    def _raw_places(self) -> list[int]:
-        """The buffer channels from which on a group's raw output is stored, one for each."""
-        plan = self.plan
-        places = [plan.slot(j) for j in range(len(plan.groups))]
-        if self.outputs.buffer is not None or self.batch:
-            return places
-        awaited = {group.residual_start for group in plan.groups}
-        return [c for c in places if c in awaited]
-
-    @cached_property
     def raw(self) -> dict[int, Tensor]:
-        places, k = self._raw_places, self.plan.group_width
+        """The raw outputs that are stored, by their places in the buffer."""
+        whole, k = self.outputs.buffer is not None or self.batch, self.plan.group_width
+        places = self.plan.slots if whole else self.plan.awaited_slots
         groups = self.buffer[:, self.buffer.shape[1] - len(places) * k :]
         return dict(zip(places, groups.split(k, 1), strict=True)) if places else {}
 
@@ -160,7 +151,7 @@ def forward(
         groups(run)
     else:
         present = shortcut is not None, stage.mask is not None, keep, run.outputs.z is not None
-        name = "forward", encode(stage.plan), run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
+        name = "forward", stage.plan, run.geometry.batch, run.geometry.height, stage.statistics, stage.eps
         replayed((*name, *present), run.memory, lambda: groups(run))
     run.leave()
     return run.outputs

@@ -55,15 +55,22 @@ class Geometry:
         self.pixels = self.batch * self.height * self.width
         k, sub, size = plan.group_width, plan.group_width // plan.subgroups, (self.batch, self.height, self.width)
         self.inside = ConvShape(*size, 3, 1, k, sub, sub)
-        kernel = 1 if plan.bottleneck else 3
-        channels = [group.window_width for group in plan.groups]
-        compiled = {layer.in_channels for layer in plan.layers if layer.windowed or plan.uniform}
-        self.windows = [ConvShape(*size, kernel, 1, k, c, k, dense=c not in compiled) for c in channels]
         self.tail = None
         if plan.tail is not None:
             t = plan.tail
             inputs = plan.read_channels * t.repeats // t.groups
             self.tail = ConvShape(*size, t.kernel_size, t.stride, t.out_channels, inputs, t.out_channels // t.groups)
+
+    @cached_property
+    def windows(self) -> list[ConvShape]:
+        """Of every group; a replay does without."""
+        return [self._over_window(group.window_width) for group in self.plan.groups]
+
+    def _over_window(self, channels: int) -> ConvShape:
+        plan, k = self.plan, self.plan.group_width
+        compiled = any(layer.in_channels == channels and (layer.windowed or plan.uniform) for layer in plan.layers)
+        size, kernel = (self.batch, self.height, self.width), 1 if plan.bottleneck else 3
+        return ConvShape(*size, kernel, 1, k, channels, k, dense=not compiled)
 
     def readers(self) -> Windows:
         """All windows, as the kernels of the backward pass take them.
@@ -71,7 +78,7 @@ class Geometry:
         A table is copied to the device anew each time and never kept: a tensor that outlives the pass would be foreign
         to the memory pool of a CUDA graph being warmed up.
         """
-        widest = max(self.windows, key=lambda shape: shape.group_in)
+        widest = self._over_window(self.plan.widest_window)
         if self.plan.uniform:
             k, channels = self.plan.group_width, widest.group_in
             return Windows(widest, channels, channels, None, alignment(k, channels))
