@@ -117,7 +117,7 @@ def executed(found: Contents) -> str:
     kinds = ("races", "misaligned", "out of bounds", "other errors")
     races, misaligned, stray, other = (sum(group[kind] for group in found["groups"]) for kind in kinds)
     wrong, missing = len(found["complaints"]), found["tasks"] - found["finished"]
-    others = f"{other} other errors" + (f", {wrong} tasks with complaints" if wrong else "")
+    others = f"{other} other errors" + (f", {wrong} complaints" if wrong else "")
     if missing:
         others += f", {missing} of {found['tasks']} tasks not run"
     return (

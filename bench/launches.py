@@ -16,6 +16,7 @@ import torch
 
 import seqconv_triton as sct
 from bench.results import FOLDER, provenance, write_json
+from bench.tables import machine
 from seqconv_triton.nn.layers import PackedSeqConv
 
 MODELS = ("seqresnet_b22", "seqresnet_b42", "seqresnext_24")
@@ -100,7 +101,5 @@ def markdown(contents: dict[str, Any] | None) -> str:
             cells = row["pass"], row["launches"], row["dispatched"], f"{row['microseconds']:.1f} µs"
             lines.append(f"| {' | '.join(map(str, cells))} |")
     source = contents["provenance"]
-    where = (
-        f"On one core of an {source['processor']}, triton {source['triton']}, {source['date']}, {source['revision']}."
-    )
+    where = f"On one core: {machine(contents)}, triton {source['triton']}, {source['date']}, {source['revision']}."
     return "\n".join([*lines, "", where]) + "\n"

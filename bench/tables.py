@@ -122,7 +122,7 @@ def peers_table(contents: Contents, best_only: bool = False) -> str:
 def losses(contents: Contents) -> str:
     """Every case in which something else is faster than our fastest form, or needs less memory than our same form.
 
-    Where we did not run in that form, than the form that needs least.
+    Where we did not run in that form, it is compared with ours that needs least.
     """
     return "Where ours loses:\n\n" + "\n".join(loss_lines(contents) or ["- nowhere in this run"]) + "\n"
 

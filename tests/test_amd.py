@@ -73,6 +73,8 @@ def scalar(line: str) -> list[str]:
 
 def written(line: str) -> list[str]:
     """The vector registers that an instruction writes."""
+    if "_store" in line or line.startswith("ds_write"):
+        return []
     if found := re.match(r"\w+ (v\d+),", line):
         return [found[1]]
     if found := re.match(r"\w+ v\[(\d+):(\d+)\],", line):
@@ -131,6 +133,7 @@ def test_the_reader_sees_what_it_is_for() -> None:
     assert contracted("\n".join(lines)) == lines[2:]
     assert not contracted("\n".join([lines[0], "v_add_f32_e32 v3, v3, v9", *lines[1:]]))
     assert contracted("\n".join([*lines[:2], "v_add_f32_e32 v3, v3, v9", lines[2]])) == lines[2:]
+    assert contracted("\n".join([*lines[:2], "global_store_dwordx2 v[4:5], v[8:9], off", lines[2]])) == lines[2:]
     assert not contracted("\n".join([*lines[:2], "global_load_dwordx2 v[4:5], v[8:9], off", lines[2]]))
     assert scalar("v_pk_mul_f32 v[0:1], v[2:3], 0.5 op_sel_hi:[1,0]") == [
         "v_mul_f32 v0, v2, 0.5",

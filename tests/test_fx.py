@@ -131,6 +131,24 @@ def test_a_traced_layer_in_a_network_of_another_mode(training: bool) -> None:
         assert same(twin, network, x)
 
 
+def test_traced_layers_that_share_weights_keep_their_modes() -> None:
+    """Also where the network knows a weight by another name first."""
+
+    class Network(nn.Module):
+        def forward(self, x):
+            return self.other(self.one(x))
+
+    network = Network()
+    one, other = (fx.symbolic_trace(randomise(sct.SeqConv2d(8, 8, 4, dropout=0.5)).double()) for _ in range(2))
+    other.transform_weight = one.transform_weight
+    network.shared, network.one, network.other = one.transform_weight, one.eval(), other.train()
+    x = torch.randn(4, 8, 5, 3, dtype=torch.float64)
+    traced = fx.Tracer().trace(network)
+    modes = [str(node.target) for node in traced.nodes if str(node.target).endswith("training")]
+    assert modes == ["one.training", "other.training"]
+    assert same(fx.GraphModule(network, traced), network, x)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_fused_models(pack: bool) -> None:
     model = randomise(small_imagenet(), layer_b=0.3).eval()

@@ -37,6 +37,7 @@ class Compiled:
         self.kernel, self.heard = kernel, heard
 
     def run(self, x: int, y: int, z: int, stream: Any, *rest: Any) -> None:
+        assert stream == triton.runtime.driver.active.stream
         self.heard.append((self.kernel.__name__, (x, y, z), rest[5:]))
 
 
@@ -45,7 +46,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], list[Any]]
     """Nothing is launched; pairs of what launchers would pass, tensors as addresses, and what was replayed."""
     pairs: list[tuple[list[Any], list[Any]]] = []
     heard: list[Any] = []
-    active = SimpleNamespace(get_current_stream=lambda device: 7, get_current_device=lambda: 0)
+    active = SimpleNamespace(get_current_stream=lambda device: active.stream, get_current_device=lambda: 0, stream=7)
     monkeypatch.setattr(launch, "_launch", lambda kernel, grid, arguments: Compiled(kernel, heard))
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(replay, "replayable", lambda tensors: True)
@@ -68,6 +69,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], list[Any]]
         pairs.append((passed, list(heard)))
         if heard:  # and once more where everything lies where it lay
             heard.clear()
+            active.stream += 1
             replay.replayed(name, memory, launches)
             assert heard == pairs[-1][1]
 

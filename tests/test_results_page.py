@@ -44,4 +44,4 @@ def test_what_was_executed_is_told_with_its_faults() -> None:
     text = document.executed(found)
     assert "4 launches, 2,000 warp instructions, 2 races, " in text and "0 other errors (today). " in text
     text = document.executed(found | {"complaints": ["a"], "tasks": 5})
-    assert "0 other errors, 1 tasks with complaints, 2 of 5 tasks not run (today)" in text
+    assert "0 other errors, 1 complaints, 2 of 5 tasks not run (today)" in text

@@ -3,7 +3,7 @@
 A pass over a stage launches the same kernels with the same numbers whenever its tensors have the same shapes; only the
 addresses differ. The first time the launches are noted: the compiled kernels, and every address as an offset into one
 of the pass's tensors. After that they are handed to the driver directly. An allocator that caches gives the same blocks
-step after step, so that arguments are put together anew only where an address has changed.
+step after step, so that arguments are put together anew only where an address is another one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.configs import pinned
 
 MOST = 256  # programs that are remembered
+PLACES = 4  # where a program's tensors lay: layers of the same shapes take turns
 
 Places = tuple[tuple[int, int, int], ...]
 Ready = tuple[Callable[..., None], int, int, int, Any, Any, list[Any]]  # launcher, grid, function, metadata, arguments
@@ -38,18 +39,20 @@ class Entry(NamedTuple):
 
 
 class Program:
-    """The launches of a pass, and their arguments at the addresses where its tensors were the last time."""
+    """The launches of a pass, and their arguments at the addresses where its tensors were the last few times."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
-        self.last: tuple[list[int], list[Ready]] = ([], [])
+        self.known: tuple[tuple[list[int], list[Ready]], ...] = ()  # the newest first
 
     def at(self, addresses: list[int]) -> list[Ready]:
         """The launches for tensors at these addresses."""
-        known, ready = self.last  # at once: another thread may put its own there
-        if known != addresses:
-            ready = [self._ready(entry, addresses) for entry in self.entries]
-            self.last = addresses, ready
+        before = self.known  # once: another thread may put its own in front
+        for known, ready in before:
+            if known == addresses:
+                return ready
+        ready = [self._ready(entry, addresses) for entry in self.entries]
+        self.known = (addresses, ready), *before[: PLACES - 1]
         return ready
 
     @staticmethod

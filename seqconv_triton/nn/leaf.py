@@ -36,7 +36,7 @@ def leaf(function: Callable[Given, Result]) -> Callable[Given, Result]:
 def _node(tracer: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     owner = args[0]
     if isinstance(owner, Shell):  # also when what was traced is traced again, as a part of another network
-        kwargs["training"] = tracer.create_proxy("get_attr", f"{_prefix(tracer, owner, kwargs)}training", (), {})
+        kwargs["training"] = tracer.create_proxy("get_attr", f"{_path(tracer, owner, kwargs)}training", (), {})
     if not isinstance(owner, nn.Module):
         return tracer.create_proxy("call_function", function, args, kwargs)
     name, path, inputs = function.__name__, tracer.path_of_module(owner), args[1:]
@@ -48,14 +48,18 @@ def _node(tracer: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     return tracer.create_proxy("call_method", name, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
 
 
-def _prefix(tracer: Any, shell: Shell, parts: dict[str, Any]) -> str:
-    """Where the module lies whose parts these are: "" for the root, "backbone.0." for a part of it."""
-    for name in shell.parts:
-        part = parts[name]
+def _path(tracer: Any, shell: Shell, parts: dict[str, Any]) -> str:
+    """Where the module lies whose parts these are: "" for the traced network itself, "backbone.0." for a part of it."""
+
+    def own(part: Any) -> Any:
         if isinstance(part, fx.Proxy) and part.node.op == "get_attr":
-            return str(part.node.target).removesuffix(name)
-        if isinstance(part, nn.Module):
-            return str(tracer.path_of_module(part)).removesuffix(name)
+            return functools.reduce(getattr, str(part.node.target).split("."), tracer.root)
+        return part
+
+    present = {name: own(parts[name]) for name in shell.parts if parts[name] is not None}
+    for path, module in tracer.root.named_modules():
+        if all(getattr(module, name, None) is part for name, part in present.items()):
+            return f"{path}." if path else ""
     return ""
 
 

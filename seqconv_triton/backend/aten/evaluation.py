@@ -17,12 +17,14 @@ from seqconv_triton.backend.aten.ring import ring_of
 from seqconv_triton.backend.contract import StageArguments
 from seqconv_triton.backend.folding import Folding, GroupWeights
 
-# More than this leaves the last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
+# More than this leaves a CPU's last-level cache, and glibc gives blocks above 32 MiB back to the system each time.
 CHUNK_BYTES = 16 * 2**20
 
 
 def images_per_chunk(x: Tensor, channels: int) -> int:
-    """How many images' activated channels fit into CHUNK_BYTES, in even shares of the batch."""
+    """How many images' activated channels fit into CHUNK_BYTES, in even shares of the batch; off a CPU all of them."""
+    if not x.is_cpu:
+        return max(1, x.shape[0])
     fit = max(1, CHUNK_BYTES // (channels * x.shape[2] * x.shape[3] * x.element_size()))
     return -(-x.shape[0] // -(-x.shape[0] // fit))
 

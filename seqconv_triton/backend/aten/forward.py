@@ -37,7 +37,7 @@ def forward(
         x, stage = x.to(dtype), stage._replace(convs=cast(stage.convs, dtype))
     # Half precisions keep BN apart: folding rounds weights once more. Those that `fuse` has folded are rounded already.
     half = x.dtype in (torch.bfloat16, torch.float16)
-    folds = (stage.statistics == "folded" and x.is_cpu) or not half
+    folds = stage.statistics == "folded" or not half
     if outputs.statistics is None and not keep and folds:
         _evaluate(x, shortcut, stage, outputs.out, packs=stage is as_given)
         return outputs
