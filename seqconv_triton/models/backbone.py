@@ -139,7 +139,7 @@ class Backbone(nn.Module):
 def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
     """Images as the stages want them, channels-last, if they fit the first conv's weight."""
     if weight is not None:
-        check_network_input(x, weight, cast=autocast_dtype(x) is not None)
+        check_network_input(x, weight, autocast_dtype)
     return with_gradient_like(x).contiguous(memory_format=torch.channels_last)
 
 
