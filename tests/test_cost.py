@@ -143,6 +143,9 @@ MODELS = {
 }
 
 
+ONE_COUNT = pytest.mark.xdist_group("counted")  # one worker counts
+
+
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -153,6 +156,7 @@ def counted() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@ONE_COUNT
 @pytest.mark.parametrize("case", MODELS)
 def test_floors_of_models(case: str, counted: dict[str, Any]) -> None:
     floor, times, launches, moved = MODELS[case]
@@ -163,6 +167,7 @@ def test_floors_of_models(case: str, counted: dict[str, Any]) -> None:
     assert 1e3 * total["bytes_seconds"] <= moved
 
 
+@ONE_COUNT
 @pytest.mark.parametrize("case", MODELS)
 def test_floors_in_other_dtypes(case: str, counted: dict[str, Any]) -> None:
     """float16 as bfloat16; as TF32, at half the rate of products, float32 may be further from its roofline."""
@@ -175,6 +180,7 @@ def test_floors_in_other_dtypes(case: str, counted: dict[str, Any]) -> None:
         assert 1 <= total["floor_seconds"] / total["roofline_seconds"] <= most and total["launches"] <= launches
 
 
+@ONE_COUNT
 @pytest.mark.parametrize("case", STEPS)
 def test_instructions_of_a_matrix_step(case: str, counted: dict[str, Any]) -> None:
     """A line that says more or less than 3 % otherwise belongs into the table anew."""
