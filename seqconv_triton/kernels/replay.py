@@ -9,7 +9,7 @@ step after step, so that arguments are put together anew only where an address i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,21 +39,22 @@ class Entry(NamedTuple):
 
 
 class Program:
-    """The launches of a pass, and their arguments at the addresses where its tensors were the last few times."""
+    """The launches of a pass, and their arguments at addresses that came again of late: others are not worth memory."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
         self.known: tuple[tuple[list[int], list[Ready]], ...] = ()  # the newest first
 
-    def at(self, addresses: list[int]) -> list[Ready]:
+    def at(self, addresses: list[int]) -> Iterable[Ready]:
         """The launches for tensors at these addresses."""
         before = self.known  # once: another thread may put its own in front
         for known, ready in before:
             if known == addresses:
+                if not ready:
+                    ready[:] = [self._ready(entry, addresses) for entry in self.entries]
                 return ready
-        ready = [self._ready(entry, addresses) for entry in self.entries]
-        self.known = (addresses, ready), *before[: PLACES - 1]
-        return ready
+        self.known = (addresses, []), *before[: PLACES - 1]
+        return (self._ready(entry, addresses) for entry in self.entries)
 
     @staticmethod
     def _ready(entry: Entry, addresses: list[int]) -> Ready:
