@@ -23,7 +23,7 @@ from seqconv_triton.kernels import launch, replay
 from seqconv_triton.models.imagenet import ImageNetNetwork, StageRow
 from seqconv_triton.tools.ahead import stage_inputs, stage_passes
 
-ROUNDS = 15
+ROUNDS = 45
 
 
 class Narrow(ImageNetNetwork):
