@@ -18,7 +18,7 @@ from typing import Any
 from bench import bounds, compilation, compiled, floors, halves, launches
 from bench.cases import FIRST
 from bench.results import FOLDER, Row, load, read_json
-from bench.summary import again, faster, networks, side_by_side
+from bench.summary import again, faster, networks
 from bench.tables import cases_of, goals_table, losses, machine, peers_table, processor_of, ratio_table, times
 from seqconv_triton.tools.ceilings import GPUS
 
@@ -163,7 +163,7 @@ def bfloat16() -> str:
     runs = runs_of("cpu-bf16")
     if not runs:
         return "Not measured yet: `python -m bench run --cases cpu-bf16` writes this part.\n"
-    return "\n".join(filter(None, [goals_table(*runs), side_by_side(runs), *map(failures, runs)]))
+    return "\n".join(filter(None, [goals_table(*runs), halves.side_by_side(runs), *map(failures, runs)]))
 
 
 def lost() -> str:

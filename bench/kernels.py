@@ -214,11 +214,8 @@ def transform_weights(o: Operands) -> Kernel:
 def tail_weights(o: Operands) -> Kernel:
     (weight, shape), tail, first = o.tail, o.plan.tail, o.plan.total_channels - o.plan.read_channels
     assert tail is not None and tail.repeats == 1 and first >= o.identity
-    d_out, x, norm = (
-        o.normal(shape.out_pixels, shape.c_out),
-        o.raw[:, first:],
-        part(o.main, slice(first - o.identity, None)),
-    )
+    d_out, x = o.normal(shape.out_pixels, shape.c_out), o.raw[:, first:]
+    norm = part(o.main, slice(first - o.identity, None))
     table = None if shape.kernel == shape.stride == 1 else pixel_table(shape, d_out)
 
     def ours() -> Results:

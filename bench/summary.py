@@ -6,23 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.cases import MODELS
-from bench.goals import PARTS, finder, in_bfloat16, on_cpu
+from bench.goals import PARTS, on_cpu
 from bench.report import mebibytes, milliseconds
 from bench.results import Row
-from bench.tables import cases_of, fastest, is_ours, is_peer, machine, with_peers
+from bench.tables import cases_of, dated, fastest, is_ours, is_peer, with_peers
 
 Contents = dict[str, Any]
-
-
-def heads(runs: Sequence[Contents]) -> str:
-    """A column for every run."""
-    return " | ".join(f"{machine(run)}, {run['provenance']['date']}" for run in runs)
 
 
 def networks(runs: Sequence[Contents]) -> str:
     """A line for every evaluation and training step of a whole network, eager; memory as the first run had it."""
     lines = [
-        f"| concatenating → ours, eager | batch | {heads(runs)} | peak memory | kept per image |",
+        f"| concatenating → ours, eager | batch | {' | '.join(map(dated, runs))} | peak memory | kept per image |",
         "| --- " * (len(runs) + 4) + "|",
     ]
     found = [cases_of(run) for run in runs]
@@ -58,33 +53,12 @@ def again(runs: Sequence[Contents]) -> str:
             f"{goal.what.partition(', against')[0]} {goal.text()}" for goal in on_cpu(run) if goal.found is not None
         ]
         if found:
-            lines.append(f"- {machine(run)}, {run['provenance']['date']}: {'; '.join(found)}")
+            lines.append(f"- {dated(run)}: {'; '.join(found)}")
     return (
         "\n".join(["In the float32 rows of other runs, below, the same came out as:", "", *lines]) + "\n"
         if lines
         else ""
     )
-
-
-def side_by_side(runs: Sequence[Contents]) -> str:
-    """Everyone's float32 and bfloat16 times, and how many times as fast the second is."""
-    lines = [f"| float32 → bfloat16 | batch | {heads(runs)} |", "| --- " * (len(runs) + 2) + "|"]
-    for case in dict.fromkeys(case for run in runs for case in in_bfloat16(run)):
-        subject, part, batch = case
-        rows = [row for run in runs for row in run["rows"] if (row["subject"], row["part"], row["batch"]) == case]
-        for label in dict.fromkeys(row["contender"] for row in rows):
-            cells = []
-            for run in runs:
-                whole, half = (finder(run)(*case, label, dtype) for dtype in ("float32", "bfloat16"))
-                cells.append("" if whole is None or half is None else halved(whole["median"], half["median"]))
-            who = label.split()[0]
-            name = {"ours": f"**{subject}, ours**", "reference": f"{subject}, concatenating"}.get(who, who)
-            lines.append(f"| {name}, {PARTS[part]} | {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def halved(whole: float, half: float) -> str:
-    return f"{milliseconds(whole)} → {milliseconds(half)} ms, {whole / half:.2f} ×"
 
 
 def faster(runs: Sequence[Contents]) -> str:

@@ -176,11 +176,16 @@ def machine(contents: Contents) -> str:
     return processor_of(contents) + (f" ({model})" if model else "")
 
 
+def dated(contents: Contents) -> str:
+    """A run by its machine and day."""
+    return f"{machine(contents)}, {contents['provenance']['date']}"
+
+
 def goals_table(*runs: Contents) -> str:
     """A line for every goal, and what each run found; of several runs each under its processor's name and date."""
     heads = ["found"]
     if len(runs) > 1:
-        heads = [f"{machine(run)}, {run['provenance']['date']}" for run in runs]
+        heads = [dated(run) for run in runs]
     lines = [f"| goal | wanted | {' | '.join(heads)} |", "| --- " * (2 + len(runs)) + "|"]
     found = [{goal.what: goal for goal in evaluated(run)} for run in runs]
     for what, goal in {what: goal for goals in reversed(found) for what, goal in goals.items()}.items():

@@ -212,7 +212,7 @@ class Plan:
     @cached_property
     def readers(self) -> tuple[tuple[int, int], ...]:
         """For the input, then for every group's slot: the groups [first, last) whose windows reach into it."""
-        places = [(0, self.in_channels), *((self.slot(j), self.group_width) for j in range(len(self.groups)))]
+        places = [(0, self.in_channels), *((slot, self.group_width) for slot in self.slots)]
         spans = []
         for start, count in places:
             readers = [

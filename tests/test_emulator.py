@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from emulator.build import NoCompiler, compiler
+from emulator.configurations import written_kernels
 
 TESTS = Path(__file__).parent
 ARCHITECTURES = "sm_80", "sm_90"
@@ -25,7 +25,6 @@ RUNS = {
 }
 for architecture in ARCHITECTURES:
     RUNS[f"cases, {architecture}"] = ["emulator/test_cases.py", "-k", architecture]
-KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -40,8 +39,7 @@ def test_every_kernel_alone(number: int, tmp_path: Path) -> None:
     record = tmp_path / "lines"
     execute("-p", "emulator.alone", *options, "--record", str(record), "test_kernels.py", "test_kernels_backward.py")
     met = {kernel for line in record.read_text("utf-8").splitlines() for kernel in json.loads(line)["kernels"]}
-    files = (TESTS.parent / "seqconv_triton" / "kernels").glob("*.py")
-    assert met == {name for file in files for name in KERNEL.findall(file.read_text("utf-8"))}
+    assert met == written_kernels()
 
 
 def execute(*arguments: str) -> None:

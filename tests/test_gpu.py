@@ -43,7 +43,7 @@ PRODUCTS = {
     "exact": (torch.float32, 1e-5),
     "tf32": (torch.float32, 8e-3),
     "float16": (torch.float16, 2e-3),
-    "bfloat16": (torch.bfloat16, 1.6e-2),
+    "bfloat16": (torch.bfloat16, 1e-2),
 }
 
 

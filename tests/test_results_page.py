@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from result_rows import contents, row
 
-from bench import document, summary
+from bench import document, halves, summary
 
 
 def test_runs_stand_side_by_side() -> None:
@@ -34,7 +34,7 @@ def test_runs_stand_side_by_side() -> None:
     assert "- A chip, today: seqresnet_b42, evaluation, batch 8 1.33 ×" in summary.again([runs[0] | {"rows": found}])
     assert summary.again(runs) == ""
     both = [runs[0] | {"rows": [*runs[0]["rows"], *(r | {"median": 2 * r["median"]} for r in found)]}]
-    assert "| **seqresnet_b42, ours**, evaluation | 8 | 300 → 150 ms, 2.00 × |" in summary.side_by_side(both)
+    assert "| **seqresnet_b42, ours**, evaluation | 8 | 300 → 150 ms, 2.00 × |" in halves.side_by_side(both)
 
 
 def test_what_was_executed_is_told_with_its_faults() -> None:

@@ -21,7 +21,7 @@ from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.configs import pinned
 
 MOST = 256  # programs that are remembered
-PLACES = 4  # where a program's tensors lay: layers of the same shapes take turns
+RECENT = 4  # sets of addresses that a program knows: layers of the same shapes take turns
 
 Places = tuple[tuple[int, int, int], ...]
 Ready = tuple[Callable[..., None], int, int, int, Any, Any, list[Any]]  # launcher, grid, function, metadata, arguments
@@ -53,7 +53,7 @@ class Program:
                 if not ready:
                     ready[:] = [self._ready(entry, addresses) for entry in self.entries]
                 return ready
-        self.known = (addresses, []), *before[: PLACES - 1]
+        self.known = (addresses, []), *before[: RECENT - 1]
         return (self._ready(entry, addresses) for entry in self.entries)
 
     @staticmethod

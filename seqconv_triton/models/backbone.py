@@ -13,7 +13,7 @@ from seqconv_triton.nn.layers import PackedSeqConv, Stage, laid_out_like, with_g
 from seqconv_triton.nn.leaf import leaf, refuse_script
 from seqconv_triton.nn.stem import StemConv2d
 from seqconv_triton.nn.watched import has_other_forward
-from seqconv_triton.ops.checks import check_network_input
+from seqconv_triton.ops.checks import check_images
 from seqconv_triton.ops.stage import autocast_dtype
 
 
@@ -139,7 +139,11 @@ class Backbone(nn.Module):
 def network_input(x: Tensor, weight: Tensor | None) -> Tensor:
     """Images as the stages want them, channels-last, if they fit the first conv's weight."""
     if weight is not None:
-        check_network_input(x, weight, autocast_dtype)
+        check_images("x", x, weight.shape[1])
+        if x.device != weight.device and not weight.is_meta:  # offloaded weights come with the conv's forward
+            raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move both to one device")
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x is {x.dtype} but the model is {weight.dtype}; cast one of them, or use torch.autocast")
     return with_gradient_like(x).contiguous(memory_format=torch.channels_last)
 
 

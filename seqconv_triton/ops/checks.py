@@ -9,8 +9,6 @@ import torch
 from seqconv_triton.backend.contract import NormVectors, StatisticsMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from seqconv_triton.backend.contract import Convs, Norms
@@ -89,12 +87,3 @@ def _check_parameter(name: str, tensor: Tensor | None, wanted: tuple[int, ...] |
         raise ValueError(f"{name} has shape {shape}; the plan needs {wanted}")
     if tensor is not None and tensor.device != x.device:
         raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; move both to one device")
-
-
-def check_network_input(x: Tensor, weight: Tensor, autocast_dtype: Callable[[Tensor], torch.dtype | None]) -> None:
-    """Images fit a network's first conv in channels, device and dtype (autocast casts for itself)."""
-    check_images("x", x, weight.shape[1])
-    if x.device != weight.device and not weight.is_meta:  # offloaded weights come with the conv's forward
-        raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move both to one device")
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
-        raise TypeError(f"x is {x.dtype} but the model is {weight.dtype}; cast one of them, or use torch.autocast")

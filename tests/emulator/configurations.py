@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +15,7 @@ from torch import Tensor
 from bench.launched import described
 from emulator.cases import DTYPES, Case
 from emulator.check import allowed_on_a_cpu, cast, configured, float32_products
+from seqconv_triton import kernels
 from seqconv_triton.kernels import launch
 from seqconv_triton.kernels.candidates import MOST, candidates
 from seqconv_triton.kernels.configs import hear_keys
@@ -20,6 +23,12 @@ from seqconv_triton.kernels.heuristic import Key, LaunchConfig
 from seqconv_triton.tools.ahead import describe
 
 Choices = dict[Key, LaunchConfig]
+
+
+def written_kernels() -> set[str]:
+    """Names of all kernels of the library."""
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 @dataclass(frozen=True)

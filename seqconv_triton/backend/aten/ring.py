@@ -37,7 +37,7 @@ class Ring:
         self.windows = tuple(self.pieces(group.window_start, group.window_width) for group in plan.groups)
         everything = tuple(slice(0, window) for window in windows)
         self.columns_read = self.windows if self.whole else tuple([(whole, whole)] for whole in everything)
-        self.slots = tuple(self.column(plan.slot(j)) // k for j in range(len(plan.groups)))  # in widths of a group
+        self.slots = tuple(self.column(slot) // k for slot in plan.slots)  # in widths of a group
         self.reads_unwritten = self.whole and not all(self.fits)
 
     def column(self, channel: int) -> int:
